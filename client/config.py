@@ -1,0 +1,85 @@
+"""``SiteConfig``: what a hospital tells its own program.
+
+The file names the site, where its images are, which device may be used and where the program keeps
+its state. Nothing in it leaves the hospital but the name and the declared number of patients.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from common.config import Frozen, RelativePath
+from common.study import Count, Name
+
+
+class SplitFractions(Frozen):
+    """Shares of the patients where the data has no splits of its own; training gets the rest."""
+
+    validation: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+    test: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+
+
+class _Data(Frozen):
+    name: Name
+    declared_patients: Count | None = None  # public; weight of the site in the mean
+    on_broken: Literal["stop", "skip"] = "stop"
+    split_seed: Annotated[int, Field(ge=0)] = 0
+    splits: SplitFractions = SplitFractions()
+
+
+class NpzData(_Data):
+    """One npz file in the MedMNIST layout: ``{train,val,test}_{images,labels}``."""
+
+    format: Literal["npz"]
+    root: RelativePath  # the file, or a folder with exactly one
+    patients: bool = False  # the file also has {train,val,test}_patients
+
+
+class FolderData(_Data):
+    """PNG, JPEG or TIFF files, one folder per class of the study."""
+
+    format: Literal["folder"]
+    root: RelativePath
+    layout: Literal["classes"] = "classes"
+    patient: str | None = None  # pattern whose first group, in the file's name, is the patient
+
+    @field_validator("patient")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            if pattern is not None and re.compile(pattern).groups != 1:
+                raise ValueError("the pattern needs exactly one group: the patient")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from None
+        return pattern
+
+
+class PhantomData(_Data):
+    """Generated chest-like images; each site has its own scanner and its own patients."""
+
+    format: Literal["phantom"]
+    num_patients: Annotated[int, Field(ge=4, le=100_000)] = 120
+    images_per_patient: Annotated[int, Field(ge=1, le=16)] = 2
+    seed: Annotated[int, Field(ge=0)] = 0
+    site_index: Annotated[int, Field(ge=0, le=254)] = 0
+
+
+Data = Annotated[NpzData | FolderData | PhantomData, Field(discriminator="format")]
+
+
+class SiteConfig(Frozen):
+    """A whole ``site.toml``; ``common.config.load(path, SiteConfig)`` reads one."""
+
+    name: Name
+    state_dir: RelativePath
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: Data
+
+
+class DataTable(Frozen):
+    """A file that holds nothing but ``[data]``: what the sites of a simulation have in common."""
+
+    data: Data

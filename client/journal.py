@@ -1,0 +1,89 @@
+"""What this site has already said in a run, on disk before it is said.
+
+A sum is answered once. A request that comes twice, because the coordinator or the site was
+restarted, gets the stored bytes again; nothing is trained twice for one sum.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from pathlib import Path
+
+import numpy as np
+
+from common.manifest import Manifest
+from common.messages import Upload
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS epoch (manifest TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answer (
+    sum_number INTEGER PRIMARY KEY, task TEXT NOT NULL, body BLOB NOT NULL, tail BLOB NOT NULL
+);
+"""
+
+
+class Journal:
+    """One site's memory of one run: the manifest it agreed to and its last answer."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(path, isolation_level=None)
+        self._database.execute("PRAGMA synchronous = FULL")
+        self._database.execute("PRAGMA secure_delete = ON")
+        self._database.executescript(SCHEMA)
+        path.chmod(0o600)
+
+    def manifest(self) -> Manifest | None:
+        """The manifest of the epoch this site takes part in, or None before the first."""
+        row = self._database.execute("SELECT manifest FROM epoch").fetchone()
+        return Manifest.parse(row[0]) if row else None
+
+    def begin_epoch(self, manifest: Manifest) -> None:
+        """Remember a manifest; a new one forgets the answers of the old one."""
+        if self.manifest() == manifest:
+            return
+        with self._transaction():
+            self._database.execute("DELETE FROM epoch")
+            self._database.execute("DELETE FROM answer")
+            self._database.execute("INSERT INTO epoch VALUES (?)", (manifest.canonical(),))
+
+    def last_sum(self) -> int:
+        """Number of the last answered sum; -1 before the first."""
+        row = self._database.execute("SELECT max(sum_number) FROM answer").fetchone()
+        return -1 if row[0] is None else int(row[0])
+
+    def stored(self, run: str, sum_number: int, task_digest: str) -> Upload | None:
+        """The answer that was given to exactly this task, or None."""
+        row = self._database.execute(
+            "SELECT body, tail FROM answer WHERE sum_number = ? AND task = ?",
+            (sum_number, task_digest),
+        ).fetchone()
+        if row is None:
+            return None
+        body, tail = np.frombuffer(row[0], np.uint8), np.frombuffer(row[1], np.uint64)
+        return Upload(run, sum_number, body, tail)
+
+    def record(self, upload: Upload, task_digest: str) -> None:
+        """Keep an answer in the place of the one before; on disk when this returns."""
+        row = (upload.sum_number, task_digest, upload.body.data, upload.tail.tobytes())
+        with self._transaction():
+            self._database.execute("DELETE FROM answer")
+            self._database.execute("INSERT INTO answer VALUES (?, ?, ?, ?)", row)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        self._database.close()
+
+    def _transaction(self) -> _Transaction:
+        return _Transaction(self._database)
+
+
+class _Transaction:
+    def __init__(self, database: sqlite3.Connection) -> None:
+        self._database = database
+
+    def __enter__(self) -> None:
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._database.execute("COMMIT" if kind is None else "ROLLBACK")

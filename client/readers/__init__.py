@@ -1,0 +1,24 @@
+"""One reader per file format: files in, cases out. Pixels are loaded later, one case at a time."""
+
+from __future__ import annotations
+
+from client.config import Data, FolderData, NpzData
+from client.readers.case import Case, Wanted
+from client.readers.folder import read_folder
+from client.readers.npz import read_npz
+from client.readers.phantom import read_phantoms
+
+__all__ = ["Case", "Wanted", "read_cases"]
+
+
+def read_cases(data: Data, wanted: Wanted) -> list[Case]:
+    """Every case of a data set, in an order that depends on the files alone.
+
+    Raises:
+      DataError: A file or folder is missing, unreadable or not what the study expects.
+    """
+    if isinstance(data, NpzData):
+        return read_npz(data, wanted)
+    if isinstance(data, FolderData):
+        return read_folder(data, wanted)
+    return read_phantoms(data, wanted)

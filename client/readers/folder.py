@@ -1,0 +1,92 @@
+"""Read image files from folders named after the study's classes.
+
+``root/<class>/*.png``, or ``root/{train,val,test}/<class>/*.png`` where the data has splits.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from client.config import FolderData
+from client.readers.case import Case, Split, Wanted, class_target
+from common.errors import DataError
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
+WIDE_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # grey with more than 8 bits
+
+
+def read_folder(data: FolderData, wanted: Wanted) -> list[Case]:
+    """Cases of every image file below the class folders.
+
+    Raises:
+      DataError: The folder or a class is missing, there is an unknown class, or a file's name does
+        not give a patient.
+    """
+    if not data.root.is_dir():
+        raise DataError(f"{data.root}: not a folder; set data.root")
+    splits: list[Split | None] = [split for split in Split if (data.root / split).is_dir()]
+    cases: list[Case] = []
+    for split in splits or [None]:
+        cases += _read_split(data, wanted, split)
+    if not cases:
+        raise DataError(f"{data.root}: no PNG, JPEG or TIFF file in any class folder")
+    return cases
+
+
+def _read_split(data: FolderData, wanted: Wanted, split: Split | None) -> list[Case]:
+    folder = data.root / split if split else data.root
+    present = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    if unknown := sorted(present - set(wanted.classes)):
+        raise DataError(f"{folder}: folder {unknown[0]!r} is not a class of the study")
+    cases = []
+    for index, name in enumerate(wanted.classes):
+        # Sorted, because the file system's order differs from machine to machine.
+        for path in sorted((folder / name).rglob("*")):
+            if path.suffix.lower() in SUFFIXES:
+                patient = _patient(path, data)
+                target = class_target(index, wanted.task)
+                cases.append(
+                    Case(
+                        name=str(path.relative_to(data.root)),
+                        patient=patient,
+                        split=split,
+                        target=target,
+                        load=partial(read_image, path, wanted.channels),
+                    )
+                )
+    return cases
+
+
+def _patient(path: Path, data: FolderData) -> str:
+    if data.patient is None:
+        return str(path.relative_to(data.root))
+    found = re.search(data.patient, path.name)
+    if found is None or not found.group(1):
+        raise DataError(f"{path.name}: data.patient does not match this file's name")
+    return found.group(1)
+
+
+def read_image(path: Path, channels: int) -> NDArray[Any]:
+    """Pixels of one file, shape (channels, height, width), in the file's number type.
+
+    Raises:
+      DataError: The file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            if channels == 1 and image.mode in WIDE_MODES:
+                # Pillow opens 16-bit PNGs as 32-bit integers: their range is still that of uint16.
+                wide = np.asarray(image)
+                return (wide.astype(np.uint16) if wide.dtype == np.int32 else wide)[None]
+            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DataError(f"{path.name}: not a readable image ({error})") from None
+    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)

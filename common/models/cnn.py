@@ -1,0 +1,48 @@
+"""A small convolutional network with GroupNorm."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from common.study import Cnn
+
+NUM_GROUPS = 4
+
+
+class SmallCnn(nn.Module):
+    """Three stages of convolution, GroupNorm and activation, pooled to one vector.
+
+    Takes (batch, channels, height, width) and returns (batch, num_outputs).
+    """
+
+    def __init__(self, config: Cnn, num_channels: int, num_outputs: int) -> None:
+        super().__init__()
+        width = config.width
+        self.features = nn.Sequential(
+            *_stage(num_channels, width // 2, config.activation),
+            *_stage(width // 2, width, config.activation),
+            nn.MaxPool2d(2),
+            *_stage(width, width, config.activation),
+            *_stage(width, 2 * width, config.activation),
+            nn.MaxPool2d(2),
+            *_stage(2 * width, 2 * width, config.activation),
+        )
+        self.head = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Dropout(config.dropout),
+            nn.Linear(2 * width, num_outputs),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, shape (batch, num_outputs)."""
+        logits: Tensor = self.head(self.features(images))
+        return logits
+
+
+def _stage(num_in: int, num_out: int, activation: str) -> list[nn.Module]:
+    return [
+        nn.Conv2d(num_in, num_out, kernel_size=3, padding=1),
+        nn.GroupNorm(min(NUM_GROUPS, num_out), num_out),
+        nn.ReLU() if activation == "relu" else nn.Tanh(),
+    ]

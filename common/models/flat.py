@@ -1,0 +1,89 @@
+"""Weights <-> one flat vector and its schema.
+
+The parameters of a network are laid as views into one flat tensor, and so are their gradients:
+reading or writing the whole model is one copy, and an optimizer updates one tensor instead of many.
+Only parameters that require a gradient travel; frozen ones stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Names and shapes of the travelling parameters, in the order of the vector."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of entries of each tensor."""
+        return tuple(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def num_params(self) -> int:
+        """Length of the vector."""
+        return sum(self.sizes)
+
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and order; 64 hex digits."""
+        text = json.dumps([self.names, self.shapes], separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def split(self, vector: NDArray[np.float32]) -> dict[str, NDArray[np.float32]]:
+        """Views of the vector by parameter name, each in its shape."""
+        ends = np.cumsum(self.sizes)
+        parts = np.split(vector, ends[:-1])
+        return {
+            name: part.reshape(shape)
+            for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
+        }
+
+
+class FlatNetwork:
+    """A network whose travelling parameters live in one tensor.
+
+    Attributes:
+      module: The network itself; call it as usual.
+      schema: Order of the vector.
+      values: All travelling parameters, shape (num_params,); writing here changes the network.
+      gradients: Their gradients, shape (num_params,); backward adds to it.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module.to(device)
+        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+        self.schema = Schema(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named))
+        self.values = torch.empty(self.schema.num_params, device=device, dtype=torch.float32)
+        self.gradients = torch.zeros_like(self.values)
+        start = 0
+        for _, parameter in named:
+            part = slice(start, start + parameter.numel())
+            start = part.stop
+            self.values[part] = parameter.detach().reshape(-1)
+            parameter.data = self.values[part].view(parameter.shape)
+            parameter.grad = self.gradients[part].view(parameter.shape)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Outputs of the network, shape (batch, num_outputs, ...)."""
+        outputs: Tensor = self.module(images)
+        return outputs
+
+    def load(self, vector: NDArray[np.float32]) -> None:
+        """Set every travelling parameter from a vector of shape (num_params,)."""
+        self.values.copy_(torch.from_numpy(vector))
+
+    def vector(self) -> NDArray[np.float32]:
+        """A copy of every travelling parameter, shape (num_params,)."""
+        copy: NDArray[np.float32] = self.values.detach().cpu().numpy().copy()
+        return copy

@@ -1,0 +1,1 @@
+"""The secure sum: what hides an update inside the ring, calculation only."""

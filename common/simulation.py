@@ -1,0 +1,93 @@
+"""What a simulated run is: a study, how many sites, and which data is dealt out to them how.
+
+It is written into the run folder, so that a run can be resumed, and repeated in another runtime,
+from its folder alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+
+from common.config import Frozen, load, read_table
+from common.errors import ConfigError
+from common.study import MIN_SITES, Study
+
+PARTITION = re.compile(r"iid|dirichlet:(\d+(\.\d*)?|\.\d+)")
+
+
+class Simulation(Frozen):
+    """How the sites of a simulation come by their data."""
+
+    num_sites: Annotated[int, Field(ge=MIN_SITES, le=255)]
+    partition: str = "iid"
+    data: dict[str, Any]  # the [data] table of every site; client.config checks it
+
+    @field_validator("partition")
+    @classmethod
+    def _check_partition(cls, rule: str) -> str:
+        found = PARTITION.fullmatch(rule)
+        if not found or (found.group(1) and float(found.group(1)) <= 0):
+            raise ValueError("Input should be iid or dirichlet:A with A above 0")
+        return rule
+
+    @property
+    def generates_data(self) -> bool:
+        """Whether each site draws its own phantoms, so that there is nothing to deal out."""
+        return bool(self.data.get("format") == "phantom")
+
+
+def plan_simulation(  # noqa: PLR0913 - the arguments of the command line
+    study_path: Path,
+    *,
+    num_sites: int,
+    data_root: str = "",
+    partition: str = "",
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Study, Simulation]:
+    """Read a study and the ``<name>.site.toml`` beside it, and fill in the members.
+
+    Raises:
+      ConfigError: A file or argument does not fit; or the study's members are not ``num_sites``.
+    """
+    study = load(study_path, Study, overrides)
+    if study.members and len(study.members) != num_sites:
+        raise ConfigError(f"the study has {len(study.members)} members, {num_sites} sites asked for")
+    if num_sites < study.cohort.min_sites:
+        raise ConfigError(f"{num_sites} sites, the study needs {study.cohort.min_sites} or more")
+    if not study.members:
+        study = study.with_members(tuple(f"site-{k + 1}" for k in range(num_sites)))
+    table = _data_table(study_path, data_root)
+    if table.get("format") == "phantom" and partition:
+        raise ConfigError("--partition: phantoms are not dealt out, each site generates its own")
+    simulation = _check(num_sites, partition or "iid", table)
+    return study, simulation
+
+
+def _data_table(study_path: Path, data_root: str) -> dict[str, Any]:
+    path = study_path.with_suffix(".site.toml")
+    table = read_table(path).get("data")
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: no [data] table; it says where a site's images are")
+    if data_root:
+        if table.get("format") == "phantom":
+            raise ConfigError("--data: phantoms are generated; leave it out")
+        table["root"] = str(Path(data_root).expanduser().resolve())
+    elif "root" in table:
+        table["root"] = str((path.parent / table["root"]).resolve())
+    return table
+
+
+def _check(num_sites: int, partition: str, table: dict[str, Any]) -> Simulation:
+    if not MIN_SITES <= num_sites <= 255:  # noqa: PLR2004
+        raise ConfigError(f"--sites {num_sites}: a secure sum takes {MIN_SITES} to 255 sites")
+    try:
+        return Simulation(num_sites=num_sites, partition=partition, data=table)
+    except ValueError:
+        raise ConfigError(f"--partition {partition}: expected iid or dirichlet:A with A > 0") from (
+            None
+        )

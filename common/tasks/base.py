@@ -1,0 +1,40 @@
+"""What every task offers: a loss, counts that can be summed over sites, and figures from the sums.
+
+Counts are int64 vectors: adding them over batches and sites loses nothing, so the figures of a
+federation are those of the pooled images, and no site's own score has to leave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Figures = dict[str, Any]
+
+
+class Task(Protocol):
+    """One kind of question asked of an image."""
+
+    num_counts: int
+
+    def local_loss(self, targets: Tensor | None) -> Loss:
+        """The training loss, mean over a batch.
+
+        Args:
+          targets: All training targets of the site, for a loss that adapts to its class shares;
+            None for the plain loss.
+        """
+        ...
+
+    def counts(self, outputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
+        """Summable counts of one batch, shape (num_counts,)."""
+        ...
+
+    def figures(self, counts: NDArray[np.int64]) -> Figures:
+        """Figures from summed counts, ready for JSON; what is undefined is None."""
+        ...

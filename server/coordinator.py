@@ -1,0 +1,216 @@
+"""A whole run: all rounds of one study, from the first model to the summary.
+
+Start reading at ``run``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import RemoteProtocolError, RoundAborted
+from common.manifest import Manifest, plan_epoch
+from common.messages import Invitation, Present, RoundTask
+from common.models.build import build_network
+from common.models.flat import Schema
+from common.study import Study
+from common.tasks import Figures, Task, task_of
+from server.network import Network
+from server.run_dir import RunDir
+from server.secure_sum import Total, Void, secure_sum
+from server.state import (
+    State,
+    best_round,
+    finished,
+    initial_state,
+    test_task,
+    training_task,
+    validation_task,
+)
+
+Summary = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Somebody who watches a run."""
+
+    def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
+        """The sites have agreed; ``round_number`` rounds are already done."""
+        ...
+
+    def uploaded(self, site: str, num_uploads: int, num_sites: int) -> None:
+        """A site's answer arrived."""
+        ...
+
+    def finished_round(self, line: dict[str, Any]) -> None:
+        """A round is on disk."""
+        ...
+
+    def voided(self, void: Void) -> None:
+        """A sum had too few survivors."""
+        ...
+
+
+class Coordinator:
+    """The parts of one run that every step needs."""
+
+    def __init__(self, study: Study, network: Network, run_dir: RunDir, observer: Observer) -> None:
+        self.study = study
+        self.network = network
+        self.run_dir = run_dir
+        self.observer = observer
+        self.task: Task = task_of(study)
+        first = build_network(study)
+        self.schema: Schema = first.schema
+        self.first_model: NDArray[np.float32] = first.vector()
+
+
+def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> Summary:
+    """Train one global model, score it and write the summary.
+
+    Args:
+      study: What the sites approved.
+      network: Reaches them.
+      run_dir: Where the run is kept; one with finished rounds is continued.
+      observer: Told of every round.
+
+    Returns:
+      What ``summary.json`` holds.
+
+    Raises:
+      RoundAborted: So many sums were void that the run cannot end.
+    """
+    if done := run_dir.summary():
+        return done
+    this = Coordinator(study, network, run_dir, observer)
+    manifest = agree(this)
+    state = run_dir.latest() or initial_state(study, manifest, this.first_model)
+    observer.started(study, state.round_number, manifest.members)
+    while not finished(state, study):
+        started = time.perf_counter()
+        total = sum_of(this, manifest, training_task(state, manifest))
+        if isinstance(total, Void):
+            state = state.skip_sum()  # nothing was learned; the next sum is a new training
+            run_dir.save_state(state)
+            continue
+        figures = this.task.figures(total.counts)
+        run_dir.save_counts(f"validation-{state.round_number:04d}", total.counts)
+        state = state.step(total, figures, study, manifest, this.schema.sizes)
+        line = round_line(state, total, figures, time.perf_counter() - started)
+        run_dir.save(state, this.schema, line)
+        observer.finished_round(line)
+    return conclude(this, manifest, state)
+
+
+def agree(this: Coordinator) -> Manifest:
+    """Have every member check the manifest of this epoch; a resumed run keeps its epoch."""
+    manifest = this.run_dir.epoch() or plan_epoch(
+        this.study,
+        this.schema,
+        this.task,
+        first_model=hashlib.sha256(this.first_model.tobytes()).hexdigest(),
+        epoch=1,
+        nonce=secrets.token_hex(16),
+    )
+    present = set()
+    for site, reply in this.network.ask(manifest.members, Invitation(manifest.canonical())):
+        if isinstance(reply, Present) and (reply.run, reply.site) != (manifest.digest(), site):
+            raise RemoteProtocolError(f"{site} answered for {reply.site} and run {reply.run}")
+        if isinstance(reply, Present):
+            present.add(site)
+    if missing := sorted(set(manifest.members) - present):
+        raise RoundAborted(f"{', '.join(missing)} did not agree to the study; see their logs")
+    this.run_dir.save_epoch(manifest)
+    return manifest
+
+
+def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
+    """Score the last model on validation and the returned one on test; write the results."""
+    started = time.perf_counter()
+    state, last = evaluated(this, manifest, state, validation_task(state, manifest))
+    this.run_dir.save_counts(f"validation-{state.round_number:04d}", last.counts)
+    state = state.scored(this.task.figures(last.counts))
+    returned = best_round(state, this.study)
+    model = this.run_dir.model(returned, this.schema)
+    state, test = evaluated(this, manifest, state, test_task(state, manifest, model, returned))
+    this.run_dir.save_counts("test", test.counts)
+    digest = this.run_dir.save_final(model, this.schema)
+    rounds = this.run_dir.rounds()
+    seconds = [line["seconds"]["total"] for line in rounds]
+    sent = [*(line["bytes_up"] for line in rounds), last.bytes_up, test.bytes_up]
+    summary: Summary = {
+        "study": {"name": this.study.name, "digest": this.study.digest()},
+        "num_rounds": state.round_number,
+        "returned_round": returned,
+        "sites": list(manifest.members),
+        "survivors": [line["survivors"] for line in rounds],
+        "metrics": {
+            "by_round": list(state.validation[1:]),
+            "final": this.task.figures(test.counts),
+        },
+        "privacy": {},
+        "wall_s": {
+            "total": sum(seconds) + time.perf_counter() - started,
+            "per_round": seconds,
+        },
+        "bytes_up_per_site": {
+            site: sum(part.get(site, 0) for part in sent) for site in manifest.members
+        },
+        "num_params": this.schema.num_params,
+        "final_model_sha256": digest,
+    }
+    this.run_dir.save_summary(summary)
+    this.run_dir.seal()
+    return summary
+
+
+def evaluated(
+    this: Coordinator, manifest: Manifest, state: State, task: RoundTask
+) -> tuple[State, Total]:
+    """The counts of an evaluation; a void one is asked again under the next sum number."""
+    while isinstance(total := sum_of(this, manifest, task), Void):
+        state = state.skip_sum()
+        this.run_dir.save_state(state)
+        task = replace(task, sum_number=state.sum_number)
+    return state, total
+
+
+def sum_of(this: Coordinator, manifest: Manifest, task: RoundTask) -> Total | Void:
+    """One secure sum over the members, watched.
+
+    Raises:
+      RoundAborted: The sum was void and no spare one is left.
+    """
+    needed = this.study.cohort.min_sites
+    total = secure_sum(
+        this.network, manifest, task, min_sites=needed, on_upload=this.observer.uploaded
+    )
+    if isinstance(total, Void):
+        this.observer.voided(total)
+        if task.sum_number + 1 >= manifest.num_sums:
+            raise RoundAborted(
+                f"sum {task.sum_number}: {len(total.survivors)} sites answered, {needed} are "
+                "needed, and no spare sum is left; bring the sites back and start a new run"
+            )
+    return total
+
+
+def round_line(state: State, total: Total, figures: Figures, seconds: float) -> dict[str, Any]:
+    """What ``rounds.jsonl`` says of a round; the figures are those of the model it began with."""
+    return {
+        "round": state.round_number,
+        "sum": total.task.sum_number,
+        "survivors": list(total.survivors),
+        "refusals": total.refusals,
+        "incoming_validation": figures,
+        "bytes_up": total.bytes_up,
+        "clipped": int(total.clipped.sum()),
+        "seconds": {**total.seconds, "total": seconds},
+    }

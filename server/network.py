@@ -1,0 +1,41 @@
+"""``Network``: how the coordinator reaches the sites. The one seam between rounds and transport."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+from common.messages import Message
+
+Answer = Callable[[Message], Message]
+
+
+class Network(Protocol):
+    """A way to ask sites and to hear from them."""
+
+    def sites(self) -> Sequence[str]:
+        """Names of the sites that can be asked now."""
+        ...
+
+    def ask(self, sites: Sequence[str], message: Message) -> Iterator[tuple[str, Message]]:
+        """Send one message to several sites; yield (site, reply) as replies arrive.
+
+        A site that is silent until the deadline is missing from what is yielded.
+        """
+        ...
+
+
+class LoopbackNetwork:
+    """Sites in this process: asking one is calling a function."""
+
+    def __init__(self, answers: Mapping[str, Answer]) -> None:
+        self._answers = dict(answers)
+
+    def sites(self) -> Sequence[str]:
+        """Every site, always."""
+        return list(self._answers)
+
+    def ask(self, sites: Sequence[str], message: Message) -> Iterator[tuple[str, Message]]:
+        """Ask one site after the other."""
+        for site in sites:
+            yield site, self._answers[site](message)

@@ -1,0 +1,91 @@
+"""What a person at the coordinator sees while a run goes on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from common.study import Study
+from server.secure_sum import Void
+
+
+class ConsoleObserver:
+    """A progress bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        self._progress: Progress | None = None
+        self._num_rounds = 0
+
+    def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
+        """Announce the run; on a terminal, open the bar."""
+        self._num_rounds = study.num_rounds
+        self._console.print(
+            f"study {study.name}  digest {study.digest()[:12]}  {len(sites)} sites  "
+            f"{study.num_rounds} rounds" + (f"  resumed after {round_number}" * bool(round_number))
+        )
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("round"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._console,
+            )
+            self._progress.add_task("", total=study.num_rounds, completed=round_number)
+            self._progress.start()
+
+    def uploaded(self, site: str, num_uploads: int, num_sites: int) -> None:
+        """On a terminal, show who has answered."""
+        if self._progress is not None:
+            self._update(description=f"{num_uploads}/{num_sites} uploads, last {site}")
+
+    def finished_round(self, line: dict[str, Any]) -> None:
+        """One line per round; the figures are those of the model the round began with."""
+        figures = line["incoming_validation"]
+        shown = "  ".join(
+            f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)
+        )
+        self._console.print(
+            f"round {line['round']:>3}/{self._num_rounds}  {len(line['survivors'])} sites  "
+            f"{line['seconds']['total']:.1f} s  validation of round {line['round'] - 1}: {shown}"
+        )
+        if self._progress is not None:
+            self._update(completed=line["round"])
+            if line["round"] == self._num_rounds:
+                self.close()
+
+    def voided(self, void: Void) -> None:
+        """Say that nothing was learned, and why."""
+        refusals = ", ".join(f"{site}: {reason}" for site, reason in void.refusals.items())
+        self._console.print(
+            f"sum {void.task.sum_number} is void: {len(void.survivors)} uploads"
+            + (f" ({refusals})" if refusals else "")
+        )
+
+    def close(self) -> None:
+        """Leave the terminal in order."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _update(self, **changes: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], **changes)
+
+
+def print_summary(summary: dict[str, Any], folder: Path) -> None:
+    """The result of a run in a few lines."""
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+    figures = summary["metrics"]["final"]
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+    console.print(f"test ({figures['num_examples']} images, model of round "
+                  f"{summary['returned_round']}): {shown}")
+    console.print(f"final_model_sha256 {summary['final_model_sha256']}")
+    console.print(f"{summary['wall_s']['total']:.1f} s; run folder {folder}")

@@ -1,0 +1,240 @@
+"""The run folder: the door where the model and the record of a run reach the disk.
+
+Every file is written beside its place, flushed, and renamed into it. ``state.safetensors`` is
+written last in a round: it is what a resumed run continues from, and whatever was written after it
+is written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tomli_w
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
+
+from common.config import load
+from common.errors import ConfigError
+from common.manifest import Manifest
+from common.models.flat import Schema
+from common.simulation import Simulation
+from common.study import Study
+from server.state import State
+
+STUDY = "study.toml"
+SIMULATION = "simulation.toml"
+STATE = "state.safetensors"
+ROUNDS = "rounds.jsonl"
+SUMMARY = "summary.json"
+FINAL = "final.safetensors"
+SUMS = "SHA256SUMS"
+
+
+class RunDir:
+    """One run on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def open(
+        cls, path: Path, study: Study, simulation: Simulation | None = None, *, resume: bool
+    ) -> RunDir:
+        """Start a new run folder, or continue one.
+
+        Raises:
+          ConfigError: The folder is in use and ``resume`` was not asked for; or it holds another
+            study, or the same one over other data.
+        """
+        run_dir = cls(path)
+        if not path.exists() or not any(path.iterdir()):
+            run_dir._create(study, simulation)
+            return run_dir
+        if not resume:
+            raise ConfigError(f"{path} is not empty; use --resume, or another --run-dir")
+        if not (path / STUDY).exists():
+            raise ConfigError(f"{path} is not empty and holds no run to resume")
+        if run_dir.study().digest() != study.digest():
+            raise ConfigError(f"{path} holds a run of another study; resume it with that study")
+        if simulation is not None and run_dir.simulation() != simulation:
+            raise ConfigError(f"{path} holds a run over other data; resume it with the same data")
+        return run_dir
+
+    def _create(self, study: Study, simulation: Simulation | None) -> None:
+        for folder in (self.path, self.path / "models", self.path / "counts"):
+            folder.mkdir(parents=True, exist_ok=True)
+        if simulation is not None:
+            self._write(SIMULATION, tomli_w.dumps(simulation.model_dump(mode="json")).encode())
+        self._write(STUDY, tomli_w.dumps(study.as_table()).encode())
+
+    def study(self) -> Study:
+        """The study of this run; its digest is the run's."""
+        return load(self.path / STUDY, Study)
+
+    def simulation(self) -> Simulation:
+        """Where the simulated sites of this run have their data."""
+        return load(self.path / SIMULATION, Simulation)
+
+    @property
+    def is_simulation(self) -> bool:
+        """Whether the sites of this run were simulated."""
+        return (self.path / SIMULATION).exists()
+
+    # Epochs and state
+
+    def save_epoch(self, manifest: Manifest) -> None:
+        """Keep the manifest the sites agreed to."""
+        self._write(f"epoch-{manifest.epoch}.json", manifest.canonical().encode())
+
+    def epoch(self) -> Manifest | None:
+        """The latest manifest, or None before the first."""
+        found = sorted(self.path.glob("epoch-*.json"), key=lambda p: int(p.stem.split("-")[1]))
+        return Manifest.parse(found[-1].read_text()) if found else None
+
+    def save(self, state: State, schema: Schema, line: Mapping[str, Any]) -> None:
+        """Record a finished round; after this returns, the round cannot be lost."""
+        model = schema.split(state.model)
+        self._write(_model_name(state.round_number), save(model))
+        self._append_line(state.round_number, line)
+        self.save_state(state)
+
+    def save_state(self, state: State) -> None:
+        """Move the point that a resumed run continues from."""
+        about = {
+            "round_number": state.round_number,
+            "sum_number": state.sum_number,
+            "exponents": state.exponents,
+            "validation": state.validation,
+        }
+        arrays = {"model": state.model, **{f"optimizer.{k}": v for k, v in state.optimizer.items()}}
+        self._write(STATE, save(arrays, metadata={"state": json.dumps(about)}))
+
+    def latest(self) -> State | None:
+        """Where the run stands, or None before its first round is saved."""
+        path = self.path / STATE
+        if not path.exists():
+            return None
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads(file.metadata()["state"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return State(
+            round_number=about["round_number"],
+            sum_number=about["sum_number"],
+            model=arrays.pop("model"),
+            optimizer={name.removeprefix("optimizer."): array for name, array in arrays.items()},
+            exponents=tuple(about["exponents"]),
+            validation=tuple(about["validation"]),
+        )
+
+    def model(self, round_number: int, schema: Schema) -> NDArray[np.float32]:
+        """The global model after a round, shape (num_params,)."""
+        tensors = load_file(self.path / _model_name(round_number))
+        return np.concatenate([tensors[name].reshape(-1) for name in schema.names])
+
+    # Records
+
+    def save_counts(self, name: str, counts: NDArray[np.int64]) -> None:
+        """Keep the summed counts that figures are computed from."""
+        with self._replacing(f"counts/{name}.npy") as file:
+            np.save(file, counts)
+
+    def counts(self, name: str) -> NDArray[np.int64]:
+        """Summed counts: ``validation-0007`` or ``test``."""
+        counts: NDArray[np.int64] = np.load(self.path / "counts" / f"{name}.npy")
+        return counts
+
+    def _append_line(self, round_number: int, line: Mapping[str, Any]) -> None:
+        # A round that was recorded but whose state was lost is recorded again: drop its old line.
+        kept = [known for known in self.rounds() if known["round"] < round_number]
+        text = "".join(json.dumps(known) + "\n" for known in [*kept, line])
+        self._write(ROUNDS, text.encode())
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """One record per finished round."""
+        path = self.path / ROUNDS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def save_final(self, model: NDArray[np.float32], schema: Schema) -> str:
+        """Write the returned model without metadata; its file's SHA-256."""
+        content = save(schema.split(model))
+        self._write(FINAL, content)
+        return hashlib.sha256(content).hexdigest()
+
+    def final_model(self) -> dict[str, NDArray[np.float32]]:
+        """The returned model by parameter name."""
+        tensors: dict[str, NDArray[np.float32]] = load_file(self.path / FINAL)
+        return tensors
+
+    def save_summary(self, summary: Mapping[str, Any]) -> None:
+        """Write ``summary.json``; a run that has one is finished."""
+        self._write(SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run, else None."""
+        path = self.path / SUMMARY
+        if not path.exists():
+            return None
+        summary: dict[str, Any] = json.loads(path.read_text())
+        return summary
+
+    def seal(self) -> None:
+        """List every file of the run with its SHA-256; ``sha256sum -c SHA256SUMS`` checks it."""
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name != SUMS)
+        lines = [
+            f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(self.path)}\n"
+            for file in files
+            if file.relative_to(self.path).parts[0] != "sites" and not file.stem == "report"
+        ]
+        self._write(SUMS, "".join(lines).encode())
+
+    # Writing
+
+    def _write(self, name: str, content: bytes) -> None:
+        with self._replacing(name) as file:
+            file.write(content)
+
+    @contextmanager
+    def _replacing(self, name: str) -> Iterator[Any]:
+        """A file that takes its place only when it is complete and on disk."""
+        path = self.path / name
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            try:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            except BaseException:
+                Path(file.name).unlink(missing_ok=True)
+                raise
+        Path(file.name).chmod(0o644)
+        Path(file.name).rename(path)
+        _sync_folder(path.parent)
+
+
+def clear_run(path: Path) -> None:
+    """Remove a run folder that is to be replaced; refuses a folder that holds no run."""
+    if path.exists() and any(path.iterdir()) and not (path / STUDY).exists():
+        raise ConfigError(f"{path} is not a run folder; remove it by hand")
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _model_name(round_number: int) -> str:
+    return f"models/round-{round_number:04d}.safetensors"
+

@@ -1,0 +1,144 @@
+"""Where a run stands between two sums: the model, what follows from the sums, what is to come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.manifest import Manifest
+from common.messages import Purpose, RoundTask
+from common.quantize import next_exponents
+from common.study import Study
+from common.tasks import Figures
+from server.global_model import OptimizerState, apply_mean_update, initial_optimizer_state
+from server.secure_sum import Total
+
+HIGHER_IS_BETTER = {"loss": False}  # every other figure is better when larger
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything the next sum depends on. Saving and loading it loses no bit.
+
+    Attributes:
+      round_number: Rounds finished, and the number of ``model``; 0 is the initial model.
+      sum_number: The next sum; counts void ones and evaluations too.
+      model: The global model after ``round_number`` rounds, shape (num_params,).
+      optimizer: The server optimizer's own arrays.
+      exponents: Steps of the next sum.
+      validation: Figures of model 0, 1, ... as far as they are known.
+    """
+
+    round_number: int
+    sum_number: int
+    model: NDArray[np.float32]
+    optimizer: OptimizerState
+    exponents: tuple[int, ...]
+    validation: tuple[Figures, ...] = ()
+
+    def step(
+        self, total: Total, figures: Figures, study: Study, manifest: Manifest, sizes: tuple[int, ...]
+    ) -> State:
+        """One round further: the mean update applied, the incoming model's figures noted."""
+        update = total.mean_update(manifest, sizes)
+        model, optimizer = apply_mean_update(
+            self.model, update, self.optimizer, study.server_optimizer
+        )
+        exponents = next_exponents(
+            total.values,
+            total.clipped,
+            sizes=sizes,
+            exponents=self.exponents,
+            num_summands=len(total.survivors),
+            ring=manifest.ring,
+        )
+        return State(
+            round_number=self.round_number + 1,
+            sum_number=self.sum_number + 1,
+            model=model,
+            optimizer=optimizer,
+            exponents=exponents,
+            validation=(*self.validation, figures),
+        )
+
+    def scored(self, figures: Figures) -> State:
+        """The figures of the current model became known by a sum of their own."""
+        return replace(
+            self, sum_number=self.sum_number + 1, validation=(*self.validation, figures)
+        )
+
+    def skip_sum(self) -> State:
+        """A void sum: nothing was learned; the next sum is a new training."""
+        return replace(self, sum_number=self.sum_number + 1)
+
+
+def initial_state(study: Study, manifest: Manifest, model: NDArray[np.float32]) -> State:
+    """Before the first round."""
+    return State(
+        round_number=0,
+        sum_number=0,
+        model=model,
+        optimizer=initial_optimizer_state(study.server_optimizer, model),
+        exponents=manifest.exponents,
+    )
+
+
+def training_task(state: State, manifest: Manifest) -> RoundTask:
+    """Score the current model on validation and train the next one."""
+    return _task(state, manifest, Purpose.TRAIN, state.round_number + 1, state.model)
+
+
+def validation_task(state: State, manifest: Manifest) -> RoundTask:
+    """Score the last model, which no training follows."""
+    return _task(state, manifest, Purpose.VALIDATE, state.round_number, state.model)
+
+
+def test_task(
+    state: State, manifest: Manifest, model: NDArray[np.float32], round_number: int
+) -> RoundTask:
+    """Score the returned model on the test split."""
+    return _task(state, manifest, Purpose.TEST, round_number, model)
+
+
+def finished(state: State, study: Study) -> bool:
+    """Whether no further training round is due."""
+    if state.round_number >= study.num_rounds:
+        return True
+    stopping = study.training.early_stopping
+    if stopping is None or len(state.validation) < 2:  # noqa: PLR2004
+        return False
+    return len(state.validation) - 1 - best_round(state, study) >= stopping.patience
+
+
+def best_round(state: State, study: Study) -> int:
+    """The round whose model is returned: the best on validation with early stopping, else the last.
+
+    The untrained model 0 is never returned; of equal rounds the first wins.
+    """
+    stopping = study.training.early_stopping
+    if stopping is None:
+        return state.round_number
+    figures = [known[stopping.figure] for known in state.validation[1:]]
+    if not HIGHER_IS_BETTER.get(stopping.figure, True):
+        figures = [None if value is None else -value for value in figures]
+    ranked = [-np.inf if value is None else value for value in figures]
+    return 1 + int(np.argmax(ranked)) if ranked else state.round_number
+
+
+def _task(
+    state: State,
+    manifest: Manifest,
+    purpose: Purpose,
+    round_number: int,
+    model: NDArray[np.float32],
+) -> RoundTask:
+    return RoundTask(
+        run=manifest.digest(),
+        sum_number=state.sum_number,
+        round_number=round_number,
+        purpose=purpose,
+        exponents=state.exponents,
+        model=model,
+    )
