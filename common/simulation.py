@@ -7,16 +7,19 @@ from its folder alone.
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from common.config import Frozen, load, read_table
+from common.config import Frozen, load, parse_assignment, read_table
 from common.errors import ConfigError
 from common.study import MIN_SITES, Study
 
+STUDY = "study.toml"  # in a run folder
+SIMULATION = "simulation.toml"
 PARTITION = re.compile(r"iid|dirichlet:(\d+(\.\d*)?|\.\d+)")
 
 
@@ -66,6 +69,46 @@ def plan_simulation(  # noqa: PLR0913 - the arguments of the command line
         raise ConfigError("--partition: phantoms are not dealt out, each site generates its own")
     simulation = _check(num_sites, partition or "iid", table)
     return study, simulation
+
+
+def from_run_config(
+    config: Mapping[str, Any], *, num_sites: int
+) -> tuple[Study, Simulation]:
+    """The same from the run-config of ``flwr run``; empty text and 0 mean as the study says.
+
+    Raises:
+      ConfigError: As ``plan_simulation``.
+    """
+    overrides = dict(map(parse_assignment, filter(None, str(config["set"]).split(";"))))
+    if config["seed"]:
+        overrides["seed"] = config["seed"]
+    if config["num-rounds"]:
+        overrides["num_rounds"] = config["num-rounds"]
+    data = str(config["data"])
+    return plan_simulation(
+        _from_root(str(config["study"])),
+        num_sites=num_sites,
+        data_root=str(_from_root(data)) if data else "",
+        partition=str(config["partition"]),
+        overrides=overrides,
+    )
+
+
+def run_folder(config: Mapping[str, Any]) -> Path:
+    """Where ``flwr run`` keeps its run: as asked for, else ``runs/<study name>``."""
+    if config["run-dir"]:
+        return _from_root(str(config["run-dir"]))
+    name = read_table(_from_root(str(config["study"]))).get("name", "unnamed")
+    return _from_root(f"runs/{name}")
+
+
+def _from_root(path: str) -> Path:
+    """Relative paths are relative to the repository's root, where ``.venv`` lies.
+
+    Flower runs an unpacked copy of the code elsewhere, from whatever folder its SuperLink was
+    started in; only the environment's own place is the same for all.
+    """
+    return Path(sys.prefix).parent / Path(path).expanduser()
 
 
 def _data_table(study_path: Path, data_root: str) -> dict[str, Any]:

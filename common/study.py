@@ -55,8 +55,8 @@ class Cnn(Frozen):
     """Small convolutional network with GroupNorm, for images of about 28 to 128 pixels."""
 
     name: Literal["cnn"]
-    width: Annotated[int, Field(ge=8, le=512, multiple_of=8)] = 32
-    activation: Literal["relu", "tanh"] = "relu"
+    width: Annotated[int, Field(ge=4, le=512, multiple_of=4)] = 24
+    activation: Literal["relu", "gelu", "tanh"] = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 

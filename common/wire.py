@@ -99,7 +99,7 @@ def _array(array: Array, hint: Any, where: str) -> NDArray[Any]:
     num_bytes = len(array.data)
     if wanted is None or array.stype != STYPE or array.dtype != wanted.name:
         raise RemoteProtocolError(f"{where}: not an array of the expected type")
-    if num_bytes > MAX_ARRAY_BYTES or array.shape != [num_bytes // wanted.itemsize]:
+    if num_bytes > MAX_ARRAY_BYTES or tuple(array.shape) != (num_bytes // wanted.itemsize,):
         raise RemoteProtocolError(f"{where}: shape {array.shape} and {num_bytes} bytes disagree")
     if num_bytes % wanted.itemsize:
         raise RemoteProtocolError(f"{where}: {num_bytes} bytes are no whole number of entries")

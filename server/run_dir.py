@@ -27,12 +27,10 @@ from common.config import load
 from common.errors import ConfigError
 from common.manifest import Manifest
 from common.models.flat import Schema
-from common.simulation import Simulation
+from common.simulation import SIMULATION, STUDY, Simulation
 from common.study import Study
 from server.state import State
 
-STUDY = "study.toml"
-SIMULATION = "simulation.toml"
 STATE = "state.safetensors"
 ROUNDS = "rounds.jsonl"
 SUMMARY = "summary.json"

@@ -1,0 +1,79 @@
+"""The Flower ClientApp: a record in, ``round.answer``, a record out. The door for bytes to leave.
+
+Under Flower's simulation engine a site is rebuilt from the run folder in whichever worker gets the
+message; its images are kept in the worker between messages.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+from flwr.app import Context, Error, Message
+from flwr.clientapp import ClientApp
+
+from client.round import answer
+from client.simulated import simulated_site
+from client.site import Site
+from common import wire
+from common.config import load
+from common.errors import (
+    BudgetExhausted,
+    DataError,
+    FederationError,
+    PolicyError,
+)
+from common.messages import Greeting, Introduction, Reason, Refusal, RoundTask
+from common.simulation import SIMULATION, STUDY, Simulation, run_folder
+from common.study import Study
+
+MAX_SITES_KEPT = 16  # a worker sees every site sooner or later; images of so many stay in memory
+UNEXPECTED = 1000  # Flower error code: a defect here, described in the site's own log only
+
+REASONS: dict[type[FederationError], Reason] = {
+    BudgetExhausted: Reason.BUDGET,
+    DataError: Reason.DATA,
+    PolicyError: Reason.POLICY,
+}
+
+log = logging.getLogger("consilium.site")
+app = ClientApp()
+
+
+@app.query()
+def on_message(message: Message, context: Context) -> Message:
+    """Answer one message; whatever goes wrong, only a fixed word leaves the site."""
+    try:
+        return Message(wire.pack(_answer(message, context)), reply_to=message)
+    except FederationError as error:
+        log.error("refused: %s: %s", type(error).__name__, error)  # noqa: TRY400 - no traceback
+        reason = REASONS.get(type(error), Reason.PROTOCOL)
+        return Message(wire.pack(Refusal(run=_run_of(message), reason=reason)), reply_to=message)
+    except Exception:
+        # An exception's text may hold a path or a patient: it must not travel.
+        log.exception("defect while answering")
+        return Message(Error(code=UNEXPECTED, reason="see the site's log"), reply_to=message)
+
+
+def _answer(message: Message, context: Context) -> object:
+    request = wire.unpack(message.content)
+    index = int(context.node_config["partition-id"])
+    if isinstance(request, Greeting):
+        return Introduction(index)
+    return answer(request, _site(run_folder(context.run_config), index))
+
+
+@functools.lru_cache(maxsize=MAX_SITES_KEPT)
+def _site(folder: Path, index: int) -> Site:
+    study = load(folder / STUDY, Study)
+    simulation = load(folder / SIMULATION, Simulation)
+    return simulated_site(study, simulation, index, run_dir=folder)
+
+
+def _run_of(message: Message) -> str:
+    try:
+        request = wire.unpack(message.content)
+    except FederationError:
+        return ""
+    return request.run if isinstance(request, RoundTask) else ""
