@@ -55,6 +55,8 @@ class RunDir:
             study, or the same one over other data.
         """
         run_dir = cls(path)
+        if (path / STUDY).exists() and run_dir.epoch() is None:
+            clear_run(path)  # a start that failed before any site agreed: nothing is lost
         if not path.exists() or not any(path.iterdir()):
             run_dir._create(study, simulation)
             return run_dir

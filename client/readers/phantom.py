@@ -42,7 +42,7 @@ def _cases(data: PhantomData, wanted: Wanted, index: int) -> list[Case]:
             name=f"phantom {index}, view {view}",
             patient=str(index),
             split=None,
-            target=class_target(phantom.label, wanted.task),
+            target=class_target(phantom.label, wanted),
             load=partial(_pixels, phantom),
         )
         for view, phantom in enumerate(phantoms)
