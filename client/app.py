@@ -25,6 +25,7 @@ from common.errors import (
     PolicyError,
 )
 from common.messages import Greeting, Introduction, Reason, Refusal, RoundTask
+from common.messages import Message as Reply
 from common.simulation import SIMULATION, STUDY, Simulation, run_folder
 from common.study import Study
 
@@ -56,7 +57,7 @@ def on_message(message: Message, context: Context) -> Message:
         return Message(Error(code=UNEXPECTED, reason="see the site's log"), reply_to=message)
 
 
-def _answer(message: Message, context: Context) -> object:
+def _answer(message: Message, context: Context) -> Reply:
     request = wire.unpack(message.content)
     index = int(context.node_config["partition-id"])
     if isinstance(request, Greeting):

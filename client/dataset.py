@@ -28,7 +28,7 @@ from common.study import Input, Study
 VALIDATION_SHARE = 0.1  # of the training patients, where a data set has no validation split
 STACK = 256  # images prepared in one pass
 
-set_track_meta(False)  # noqa: FBT003 - MONAI's spelling; arrays here have no spatial header
+set_track_meta(False)  # arrays here have no spatial header
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,10 @@ class SiteData:
     def to(self, device: torch.device) -> SiteData:
         """The same images on another device."""
         return SiteData(
-            self.train.to(device), self.validation.to(device), self.test.to(device), self.num_skipped
+            self.train.to(device),
+            self.validation.to(device),
+            self.test.to(device),
+            self.num_skipped,
         )
 
 

@@ -67,4 +67,3 @@ def open_site(
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
     )
-

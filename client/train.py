@@ -18,7 +18,7 @@ from common.tasks import Task
 from common.update import LocalUpdate
 
 
-def train(  # noqa: PLR0913 - each is one thing the round decides
+def train(
     model: NDArray[np.float32],
     images: Images,
     training: Training,
@@ -56,9 +56,7 @@ def train(  # noqa: PLR0913 - each is one thing the round decides
     return LocalUpdate(network.vector() - model)
 
 
-def _optimizer(
-    network: FlatNetwork, training: Training, progress: float
-) -> torch.optim.Optimizer:
+def _optimizer(network: FlatNetwork, training: Training, progress: float) -> torch.optim.Optimizer:
     """An optimizer over the flat vector: one tensor, and so one update per step."""
     network.values.grad = network.gradients
     rate = training.learning_rate
@@ -83,7 +81,7 @@ def _batches(
     for _ in range(num_steps):
         if not order:
             shuffled = torch.randperm(len(images), generator=rng)
-            order = list(shuffled.split(training.batch_size))
+            order = list(torch.split(shuffled, training.batch_size))
         chosen = order.pop(0)
         pixels = augment(images.pixels[chosen], training.augmentation, rng)
         yield pixels, images.targets[chosen]

@@ -23,5 +23,5 @@ def start(command: Callable[..., Any] | typer.Typer) -> None:
     try:
         app()
     except FederationError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -96,7 +96,7 @@ def validate(table: Mapping[str, Any], kind: type[Model], *, source: Path) -> Mo
 
 
 def _build(table: Mapping[str, Any], kind: type[Model], source: Path) -> Model:
-    # Through JSON, because pydantic's strict mode then takes lists for tuples and text for paths.
+    # Through JSON: pydantic's strict mode then takes lists for tuples and text for paths.
     return kind.model_validate_json(
         json.dumps(table, default=str), context={"base": source.absolute().parent}
     )
@@ -155,8 +155,10 @@ def _problems(
         context = problem.get("ctx", {})
         if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
             keys.append(str(context["discriminator"]).strip("'"))
-            text = f"Input should be {context['expected_tags']}" if "expected_tags" in context else (
-                "Field required"
+            text = (
+                f"Input should be {context['expected_tags']}"
+                if "expected_tags" in context
+                else ("Field required")
             )
         elif problem["type"] == "extra_forbidden":
             text += _suggestion(keys[-1], kind)
@@ -165,12 +167,13 @@ def _problems(
 
 def _keys(location: Sequence[str | int], table: Mapping[str, Any]) -> list[str]:
     """The path as the file has it: pydantic also names the member of a union, the file does not."""
-    keys, here = [], table
+    keys: list[str] = []
+    here: Any = table
     for position, step in enumerate(location):
         known = isinstance(here, Mapping) and step in here
         inside = isinstance(here, list) and isinstance(step, int)
         if known or inside:
-            here = here[step]  # type: ignore[index]
+            here = here[step]
         elif position < len(location) - 1:
             continue
         keys.append(str(step))

@@ -19,7 +19,6 @@ from common.quantize import Ring, first_exponents
 from common.study import Study
 from common.tasks import Task
 
-VERSION = 1
 NUM_EVALUATIONS = 2  # the last model on validation, the returned model on test
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -28,7 +27,7 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 class Manifest(Frozen):
     """One epoch of a run."""
 
-    version: Literal[1] = VERSION
+    version: Literal[1] = 1
     epoch: Annotated[int, Field(ge=1)]
     study: Digest
     members: tuple[str, ...]
@@ -70,7 +69,7 @@ class Manifest(Frozen):
         return Ring(self.ring_bits, len(self.members))
 
 
-def plan_epoch(  # noqa: PLR0913 - each is one part of the manifest
+def plan_epoch(
     study: Study, schema: Schema, task: Task, *, first_model: str, epoch: int, nonce: str
 ) -> Manifest:
     """The manifest that follows from a study and its network; only the nonce is free."""

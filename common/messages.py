@@ -1,13 +1,15 @@
 """Every message that crosses the wire. Nothing else leaves a site.
 
 Coordinator to site: ``Greeting``, ``Invitation``, ``RoundTask``. Site to coordinator:
-``Introduction``, ``Present``, ``Upload``, ``Refusal``. Arrays are flat; everything else is a few numbers and words.
+``Introduction``, ``Present``, ``Upload``, ``Refusal``. Arrays are flat; everything else is a few
+numbers and words.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,6 +92,4 @@ class Refusal:
 
 
 Message = Greeting | Introduction | Invitation | Present | RoundTask | Upload | Refusal
-KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind for kind in (Greeting, Introduction, Invitation, Present, RoundTask, Upload, Refusal)
-}
+KINDS: dict[str, type[Message]] = {kind.__name__: kind for kind in get_args(Message)}

@@ -128,7 +128,7 @@ def scanner_of_site(seed: int, site_index: int) -> Scanner:
     )
 
 
-def draw_patient(  # noqa: PLR0913 - three say who, three say how
+def draw_patient(
     seed: int,
     site_index: int,
     patient_index: int,

@@ -39,7 +39,7 @@ class Ring:
         return int((2 ** (self.bits - 1) - 1) // self.num_members)
 
 
-def quantize(  # noqa: PLR0913 - each is one term of the formula
+def quantize(
     update: LocalUpdate,
     counts: NDArray[np.int64],
     *,
@@ -95,9 +95,7 @@ def only_counts(counts: NDArray[np.int64], weight: int, num_tensors: int) -> Qua
     return QuantizedUpdate(np.empty(0, np.int32), _tail(weight, nothing_clipped, counts))
 
 
-def _tail(
-    weight: int, clipped: NDArray[np.int64], counts: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _tail(weight: int, clipped: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
     return np.concatenate([np.array([weight], np.int64), clipped, counts])
 
 

@@ -44,7 +44,7 @@ class Simulation(Frozen):
         return bool(self.data.get("format") == "phantom")
 
 
-def plan_simulation(  # noqa: PLR0913 - the arguments of the command line
+def plan_simulation(
     study_path: Path,
     *,
     num_sites: int,
@@ -59,7 +59,8 @@ def plan_simulation(  # noqa: PLR0913 - the arguments of the command line
     """
     study = load(study_path, Study, overrides)
     if study.members and len(study.members) != num_sites:
-        raise ConfigError(f"the study has {len(study.members)} members, {num_sites} sites asked for")
+        asked = f"{num_sites} sites asked for"
+        raise ConfigError(f"the study has {len(study.members)} members, {asked}")
     if num_sites < study.cohort.min_sites:
         raise ConfigError(f"{num_sites} sites, the study needs {study.cohort.min_sites} or more")
     if not study.members:
@@ -71,9 +72,7 @@ def plan_simulation(  # noqa: PLR0913 - the arguments of the command line
     return study, simulation
 
 
-def from_run_config(
-    config: Mapping[str, Any], *, num_sites: int
-) -> tuple[Study, Simulation]:
+def from_run_config(config: Mapping[str, Any], *, num_sites: int) -> tuple[Study, Simulation]:
     """The same from the run-config of ``flwr run``; empty text and 0 mean as the study says.
 
     Raises:
@@ -131,6 +130,5 @@ def _check(num_sites: int, partition: str, table: dict[str, Any]) -> Simulation:
     try:
         return Simulation(num_sites=num_sites, partition=partition, data=table)
     except ValueError:
-        raise ConfigError(f"--partition {partition}: expected iid or dirichlet:A with A > 0") from (
-            None
-        )
+        text = f"--partition {partition}: expected iid or dirichlet:A with A > 0"
+        raise ConfigError(text) from None

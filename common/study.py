@@ -71,7 +71,9 @@ class ResNet18(Frozen):
 class Input(Frozen):
     """How every site turns a file into the network's input."""
 
-    size: Annotated[tuple[Annotated[int, Field(ge=8, le=1024)], ...], Field(min_length=2, max_length=2)]
+    size: Annotated[
+        tuple[Annotated[int, Field(ge=8, le=1024)], ...], Field(min_length=2, max_length=2)
+    ]
     channels: Literal[1, 3] = 1
     intensity: Literal["dtype", "image"] = "dtype"
     """``dtype``: grey values over the range of the file's number type; ``image``: each image to

@@ -56,7 +56,7 @@ def unpack(records: RecordDict) -> Message:
     hints = get_type_hints(kind)
     if set(values) | set(arrays) != set(hints) or len(values) + len(arrays) != len(hints):
         raise RemoteProtocolError(f"{name}: its fields are not those of this version")
-    fields = {
+    fields: dict[str, Any] = {
         field: _array(arrays[field], hint, f"{name}.{field}")
         if field in arrays
         else _value(values[field], hint, f"{name}.{field}")
@@ -111,4 +111,5 @@ def _dtype(hint: Any) -> np.dtype[Any] | None:
     if not isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is not np.ndarray:
         return None
     (_, dtype) = typing.get_args(hint)
-    return np.dtype(typing.get_args(dtype)[0])
+    element: np.dtype[Any] = np.dtype(typing.get_args(dtype)[0])
+    return element

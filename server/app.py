@@ -1,4 +1,4 @@
-"""The Flower ServerApp, and ``FlowerNetwork``, the real ``Network``. The door for bytes to enter."""
+"""The Flower ServerApp and ``FlowerNetwork``, the real ``Network``: the door for bytes to enter."""
 
 from __future__ import annotations
 
@@ -98,9 +98,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         study, simulation = from_run_config(context.run_config, num_sites=len(nodes))
     except ConfigError as error:
-        raise ConfigError(f"{error}\nThis federation has {len(nodes)} nodes. The call:\n{CALL}") from (
-            None
-        )
+        text = f"{error}\nThis federation has {len(nodes)} nodes. The call:\n{CALL}"
+        raise ConfigError(text) from None
     folder = run_folder(context.run_config)
     resume = bool(context.run_config["resume"])
     record = RunDir.open(folder, study, simulation, resume=resume)

@@ -85,7 +85,9 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     figures = summary["metrics"]["final"]
     shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
-    console.print(f"test ({figures['num_examples']} images, model of round "
-                  f"{summary['returned_round']}): {shown}")
+    console.print(
+        f"test ({figures['num_examples']} images, model of round "
+        f"{summary['returned_round']}): {shown}"
+    )
     console.print(f"final_model_sha256 {summary['final_model_sha256']}")
     console.print(f"{summary['wall_s']['total']:.1f} s; run folder {folder}")

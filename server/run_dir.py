@@ -193,7 +193,7 @@ class RunDir:
         lines = [
             f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(self.path)}\n"
             for file in files
-            if file.relative_to(self.path).parts[0] != "sites" and not file.stem == "report"
+            if file.relative_to(self.path).parts[0] != "sites" and file.stem != "report"
         ]
         self._write(SUMS, "".join(lines).encode())
 
@@ -237,4 +237,3 @@ def _sync_folder(folder: Path) -> None:
 
 def _model_name(round_number: int) -> str:
     return f"models/round-{round_number:04d}.safetensors"
-

@@ -39,7 +39,12 @@ class State:
     validation: tuple[Figures, ...] = ()
 
     def step(
-        self, total: Total, figures: Figures, study: Study, manifest: Manifest, sizes: tuple[int, ...]
+        self,
+        total: Total,
+        figures: Figures,
+        study: Study,
+        manifest: Manifest,
+        sizes: tuple[int, ...],
     ) -> State:
         """One round further: the mean update applied, the incoming model's figures noted."""
         update = total.mean_update(manifest, sizes)
@@ -65,9 +70,7 @@ class State:
 
     def scored(self, figures: Figures) -> State:
         """The figures of the current model became known by a sum of their own."""
-        return replace(
-            self, sum_number=self.sum_number + 1, validation=(*self.validation, figures)
-        )
+        return replace(self, sum_number=self.sum_number + 1, validation=(*self.validation, figures))
 
     def skip_sum(self) -> State:
         """A void sum: nothing was learned; the next sum is a new training."""

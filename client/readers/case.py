@@ -58,5 +58,5 @@ class Wanted:
 def class_target(index: int, wanted: Wanted) -> NDArray[np.int64]:
     """The target of an image that has exactly one class."""
     if wanted.labels == "multilabel":
-        return np.eye(len(wanted.classes), dtype=np.int64)[index]
+        return np.array([place == index for place in range(len(wanted.classes))], np.int64)
     return np.asarray(index, np.int64)

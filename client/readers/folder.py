@@ -51,7 +51,7 @@ def _read_split(data: FolderData, wanted: Wanted, split: Split | None) -> list[C
         for path in sorted((folder / name).rglob("*")):
             if path.suffix.lower() in SUFFIXES:
                 patient = _patient(path, data)
-                target = class_target(index, wanted.task)
+                target = class_target(index, wanted)
                 cases.append(
                     Case(
                         name=str(path.relative_to(data.root)),

@@ -44,9 +44,7 @@ def _file(root: Path) -> Path:
     return found[0]
 
 
-def _read_split(
-    path: Path, arrays: Any, split: Split, data: NpzData, wanted: Wanted
-) -> list[Case]:
+def _read_split(path: Path, arrays: Any, split: Split, data: NpzData, wanted: Wanted) -> list[Case]:
     if f"{split}_images" not in arrays:
         if split == Split.TRAIN:
             raise DataError(f"{path.name}: no array train_images; the MedMNIST layout has one")

@@ -71,8 +71,8 @@ class ClassificationTask:
         vector = np.zeros(self.num_counts, np.int64)
         counts = self.view(vector)
         with torch.no_grad():
-            losses = self._losses(outputs, targets).double().clamp(0, MAX_LOSS)
-            losses = losses.nan_to_num(nan=MAX_LOSS).cpu().numpy()
+            each = self._losses(outputs, targets).double().clamp(0, MAX_LOSS)
+            losses = each.nan_to_num(nan=MAX_LOSS).cpu().numpy()
             truth, predicted, logits = self._decisions(outputs, targets)
         counts.num_examples[0] += len(truth)
         counts.loss[0] += int(np.rint(losses * FIXED_POINT).sum())
