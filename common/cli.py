@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
+from common.config import parse_assignment
 from common.errors import FederationError
+
+StudyOption = Annotated[Path, typer.Option(help="Study file (TOML).")]
+SitesOption = Annotated[int, typer.Option(help="Number of sites, 3 to 255.")]
+DataOption = Annotated[str, typer.Option(help="Replaces data.root of the study's .site.toml.")]
+PartitionOption = Annotated[str, typer.Option(help="iid (default) or dirichlet:ALPHA.")]
+SetOption = Annotated[list[str], typer.Option("--set", help="key=value; replaces a value.")]
+RunDirOption = Annotated[Path | None, typer.Option(help="Default: runs/<study name>.")]
+SeedOption = Annotated[int | None, typer.Option(help="Replaces the study's seed.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")]
 
 
 def start(command: Callable[..., Any] | typer.Typer) -> None:
@@ -25,3 +36,11 @@ def start(command: Callable[..., Any] | typer.Typer) -> None:
     except FederationError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def overrides_of(assignments: list[str], seed: int | None = None) -> dict[str, Any]:
+    """Values by dotted key from ``--set key=value`` and ``--seed``."""
+    overrides = dict(map(parse_assignment, assignments))
+    if seed is not None:
+        overrides["seed"] = seed
+    return overrides

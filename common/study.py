@@ -125,11 +125,32 @@ class Training(Frozen):
         return self
 
 
-class ServerOptimizer(Frozen):
-    """How the mean update becomes the next global model."""
+class FedAvg(Frozen):
+    """The mean update is added to the model."""
 
     name: Literal["fedavg"] = "fedavg"
     learning_rate: Positive = 1.0
+
+
+class FedAvgM(Frozen):
+    """The mean update is added to a decaying sum of the earlier ones."""
+
+    name: Literal["fedavgm"]
+    learning_rate: Positive = 1.0
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+
+
+class FedAdaptive(Frozen):
+    """Adam's or Yogi's rule, with the mean update in the place of a gradient."""
+
+    name: Literal["fedadam", "fedyogi"]
+    learning_rate: Positive = 0.01
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Positive = 0.001  # how adaptive: added to the root of the second moment
+
+
+ServerOptimizer = Annotated[FedAvg | FedAvgM | FedAdaptive, Field(discriminator="name")]
 
 
 class NoPrivacy(Frozen):
@@ -175,7 +196,7 @@ class Study(Frozen):
     model: Annotated[Cnn | ResNet18, Field(discriminator="name")]
     input: Input
     training: Training
-    server_optimizer: ServerOptimizer = ServerOptimizer()
+    server_optimizer: ServerOptimizer = FedAvg()
     privacy: NoPrivacy
     aggregation: Aggregation = Aggregation()
     cohort: Cohort = Cohort()

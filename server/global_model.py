@@ -1,7 +1,8 @@
 """From the mean update to the next global model.
 
 Source: McMahan et al. (2017), Communication-Efficient Learning of Deep Networks from Decentralized
-Data (FedAvg); Reddi et al. (2021), Adaptive Federated Optimization, for the server's learning rate.
+Data (FedAvg); Hsu, Qi and Brown (2019), Measuring the Effects of Non-Identical Data Distribution
+(FedAvgM); Reddi et al. (2021), Adaptive Federated Optimization (FedAdam, FedYogi).
 """
 
 from __future__ import annotations
@@ -9,23 +10,28 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from common.study import ServerOptimizer
+from common.study import FedAdaptive, FedAvg, FedAvgM, ServerOptimizer
 
-OptimizerState = dict[str, NDArray[np.float32]]
+Vector = NDArray[np.float32]
+OptimizerState = dict[str, Vector]
 
 
-def initial_optimizer_state(config: ServerOptimizer, model: NDArray[np.float32]) -> OptimizerState:
-    """Arrays the optimizer carries from round to round; FedAvg has none."""
-    del config, model
-    return {}
+def initial_optimizer_state(config: ServerOptimizer, model: Vector) -> OptimizerState:
+    """Arrays the optimizer carries from round to round, each of shape (num_params,)."""
+    if isinstance(config, FedAvg):
+        return {}
+    if isinstance(config, FedAvgM):
+        return {"momentum": np.zeros_like(model)}
+    # Reddi et al. start the second moment at tau squared, which bounds the first steps.
+    return {
+        "first": np.zeros_like(model),
+        "second": np.full_like(model, config.tau**2),
+    }
 
 
 def apply_mean_update(
-    model: NDArray[np.float32],
-    update: NDArray[np.float32],
-    state: OptimizerState,
-    config: ServerOptimizer,
-) -> tuple[NDArray[np.float32], OptimizerState]:
+    model: Vector, update: Vector, state: OptimizerState, config: ServerOptimizer
+) -> tuple[Vector, OptimizerState]:
     """One step of the server optimizer.
 
     Args:
@@ -37,4 +43,26 @@ def apply_mean_update(
     Returns:
       The next model and the state for the next step.
     """
-    return model + np.float32(config.learning_rate) * update, state
+    rate = np.float32(config.learning_rate)
+    if isinstance(config, FedAvg):
+        return model + rate * update, state
+    if isinstance(config, FedAvgM):
+        momentum = np.float32(config.momentum) * state["momentum"] + update
+        return model + rate * momentum, {"momentum": momentum}
+    return _adaptive_step(model, update, state, config)
+
+
+def _adaptive_step(
+    model: Vector, update: Vector, state: OptimizerState, config: FedAdaptive
+) -> tuple[Vector, OptimizerState]:
+    """Algorithm 2 of Reddi et al. (2021), without bias correction, as there."""
+    beta1, beta2 = np.float32(config.beta1), np.float32(config.beta2)
+    one = np.float32(1)
+    square = update * update
+    first = beta1 * state["first"] + (one - beta1) * update
+    if config.name == "fedadam":
+        second = beta2 * state["second"] + (one - beta2) * square
+    else:
+        second = state["second"] - (one - beta2) * square * np.sign(state["second"] - square)
+    step = np.float32(config.learning_rate) * first / (np.sqrt(second) + np.float32(config.tau))
+    return model + step, {"first": first, "second": second}

@@ -6,11 +6,15 @@ Source: Yang et al. (2023), MedMNIST v2.
 from __future__ import annotations
 
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from client.config import NpzData
@@ -25,13 +29,22 @@ def read_npz(data: NpzData, wanted: Wanted) -> list[Case]:
       DataError: The file is missing or broken, an array is missing or has another shape, or a
         label is not one of the study's classes.
     """
-    path = _file(data.root)
+    with open_npz(data.root) as (path, arrays):
+        return [case for split in Split for case in _read_split(path, arrays, split, data, wanted)]
+
+
+@contextmanager
+def open_npz(root: Path) -> Iterator[tuple[Path, NpzFile]]:
+    """The npz file at ``root``, or the only one in that folder.
+
+    Raises:
+      DataError: There is not exactly one, or it cannot be read; also while it is being read.
+    """
+    path = _file(root)
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return [
-                case for split in Split for case in _read_split(path, arrays, split, data, wanted)
-            ]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            yield path, arrays
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path.name}: not a readable npz file ({error})") from None
 
 

@@ -1,0 +1,122 @@
+"""Preflight: can this site's data be used? It counts and names rules, never a patient's value."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from client.config import Data, FolderData, NpzData, SiteConfig
+from client.dataset import split_cases
+from client.readers import Case, Wanted, read_cases
+from client.readers.case import Split
+from common.errors import ConfigError, DataError
+from common.study import Study
+
+MAX_NAMED = 5  # unreadable files that are listed one by one
+PHANTOM_CLASSES = ("no lesion", "lesion")
+
+
+def check(config: SiteConfig, study: Study | None = None) -> Iterator[str]:
+    """Read every image of the site once and say what was found, line by line.
+
+    Without a study, classes and channels are taken from the files themselves.
+
+    Raises:
+      ConfigError: The state folder cannot be written; or the site is not a member of the study.
+      DataError: The data set cannot be used; the message names the file or folder.
+    """
+    yield f"site {config.name}: configuration is valid"
+    _check_state_dir(config.state_dir)
+    yield f"state folder {config.state_dir}: writable"
+    if study is not None:
+        if study.members and config.name not in study.site_names:
+            raise ConfigError(f"{config.name} is not a member of study {study.name}")
+        yield f"study {study.name}: digest {study.digest()}"
+    wanted = Wanted.by(study) if study else _seen(config.data)
+    cases = read_cases(config.data, wanted)
+    yield from _describe_pixels(config.data, cases)
+    for split, members in split_cases(cases, config.data).items():
+        patients = len({case.patient for case in members})
+        yield f"{split}: {len(members)} images of {patients} patients; {_support(members, wanted)}"
+    if config.data.declared_patients is None:
+        yield "data.declared_patients is not set: a deployed study needs it (a public constant)"
+
+
+def _check_state_dir(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"state_dir {folder}: {error.strerror}; choose a writable one") from None
+
+
+def _describe_pixels(data: Data, cases: list[Case]) -> Iterator[str]:
+    shapes: Counter[str] = Counter()
+    broken = []
+    for case in cases:
+        try:
+            pixels = case.load()
+        except DataError as error:
+            broken.append(str(error))
+            continue
+        size = "x".join(map(str, pixels.shape[1:]))
+        shapes[f"{size} {'colour' if pixels.shape[0] == 3 else 'grey'} {pixels.dtype}"] += 1  # noqa: PLR2004
+    most = ", ".join(f"{shape} ({num})" for shape, num in shapes.most_common(MAX_NAMED))
+    more = f" and {len(shapes) - MAX_NAMED} other kinds" if len(shapes) > MAX_NAMED else ""
+    yield f"data set {data.name}: {len(cases) - len(broken)} readable images, {most}{more}"
+    if broken and data.on_broken == "stop":
+        named = "; ".join(broken[:MAX_NAMED])
+        raise DataError(
+            f"{len(broken)} unreadable: {named}; repair or remove them, or set "
+            'data.on_broken = "skip"'
+        )
+    if broken:
+        yield f"{len(broken)} unreadable images will be skipped"
+
+
+def _support(cases: list[Case], wanted: Wanted) -> str:
+    """Images per class, in the order of the classes."""
+    if not cases:
+        return "no images"
+    targets = np.array([case.target for case in cases])
+    if targets.ndim == 1:
+        counts = np.bincount(targets, minlength=len(wanted.classes))
+    else:
+        counts = targets.sum(axis=0)
+    return ", ".join(f"{name} {num}" for name, num in zip(wanted.classes, counts, strict=True))
+
+
+def _seen(data: Data) -> Wanted:
+    """What the files themselves hold, where no study says what to expect."""
+    if isinstance(data, FolderData):
+        return Wanted("multiclass", _class_folders(data.root), channels=3, size=())
+    if isinstance(data, NpzData):
+        return _seen_npz(data)
+    return Wanted("binary", PHANTOM_CLASSES, channels=1, size=(64, 64))
+
+
+def _class_folders(root: Path) -> tuple[str, ...]:
+    if not root.is_dir():
+        raise DataError(f"{root}: not a folder; set data.root")
+    splits = [root / split for split in Split if (root / split).is_dir()]
+    found = {p.name for folder in splits or [root] for p in folder.iterdir() if p.is_dir()}
+    return tuple(sorted(found))
+
+
+def _seen_npz(data: NpzData) -> Wanted:
+    from client.readers.npz import open_npz
+
+    with open_npz(data.root) as (_, arrays):
+        labels = arrays.get("train_labels", np.zeros((0, 1)))
+    if labels.ndim == 2 and labels.shape[1] > 1:  # noqa: PLR2004
+        names = tuple(f"label {k}" for k in range(labels.shape[1]))
+        return Wanted("multilabel", names, channels=3, size=())
+    num_classes = int(labels.max(initial=0)) + 1
+    return Wanted(
+        "multiclass", tuple(f"class {k}" for k in range(num_classes)), channels=3, size=()
+    )
