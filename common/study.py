@@ -57,6 +57,7 @@ class Cnn(Frozen):
     name: Literal["cnn"]
     width: Annotated[int, Field(ge=4, le=512, multiple_of=4)] = 24
     activation: Literal["relu", "gelu", "tanh"] = "relu"
+    pooling: Literal["mean", "max"] = "mean"  # max finds small things, mean judges the whole
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 

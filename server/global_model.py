@@ -64,5 +64,5 @@ def _adaptive_step(
         second = beta2 * state["second"] + (one - beta2) * square
     else:
         second = state["second"] - (one - beta2) * square * np.sign(state["second"] - square)
-    step = np.float32(config.learning_rate) * first / (np.sqrt(second) + np.float32(config.tau))
-    return model + step, {"first": first, "second": second}
+    ratio: Vector = first / (np.sqrt(second) + np.float32(config.tau))
+    return model + np.float32(config.learning_rate) * ratio, {"first": first, "second": second}

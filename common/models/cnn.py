@@ -28,7 +28,7 @@ class SmallCnn(nn.Module):
             *_stage(2 * width, 4 * width, activation),
         )
         self.head = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
+            nn.AdaptiveAvgPool2d(1) if config.pooling == "mean" else nn.AdaptiveMaxPool2d(1),
             nn.Flatten(),
             nn.Dropout(config.dropout),
             nn.Linear(4 * width, num_outputs),

@@ -1,0 +1,42 @@
+# Everything a fresh machine needs is Python 3.11+, git and make.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
+
+.PHONY: demo test check bench format clean
+
+demo: $(STAMP)  ## four hospitals and a coordinator learn from generated images; leaves a report
+	rm -rf runs/demo
+	scripts/simulate --study studies/phantoms.toml --sites 4 --run-dir runs/demo
+	$(BIN)/fl-report runs/demo
+
+test: $(STAMP)  ## the tests; those marked slow run with CI=true
+	$(BIN)/python -m pytest -q $(if $(filter true,$(CI)),,-m "not slow") $(ARGS)
+
+check: $(STAMP)  ## formatting, linting, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## measure; BENCH=name runs one of bench/*.py
+	$(BIN)/python bench/run.py $(BENCH)
+
+# torch comes first and by itself: left to the resolver, an open range would choose another build.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
