@@ -48,7 +48,7 @@ def train(
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
     optimizer = _optimizer(network, training, progress)
     loss_of = task.local_loss(images.targets)
-    for pixels, targets in _batches(images, training, rng):
+    for pixels, targets in batches(images, training, rng):
         network.gradients.zero_()
         loss = loss_of(network(pixels), targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -71,7 +71,7 @@ def _optimizer(network: FlatNetwork, training: Training, progress: float) -> tor
     return kind([network.values], lr=rate, weight_decay=decay)
 
 
-def _batches(
+def batches(
     images: Images, training: Training, rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches: whole epochs, or as many steps as the study says."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from common.errors import RemoteProtocolError, RoundAborted
 from common.manifest import Manifest, plan_epoch
-from common.messages import Invitation, Present, RoundTask
+from common.messages import Invitation, Present, Purpose, RoundTask
 from common.models.build import build_network
 from common.models.flat import Schema
 from common.study import Study
@@ -103,7 +103,11 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
         figures = this.task.figures(total.counts)
         run_dir.save_counts(f"validation-{state.round_number:04d}", total.counts)
         state = state.step(total, figures, study, manifest, this.schema.sizes)
-        line = round_line(state, total, figures, time.perf_counter() - started)
+        line = {
+            "round": state.round_number,
+            "incoming_validation": figures,  # of the model the round began with
+            **sum_line(total, time.perf_counter() - started),
+        }
         run_dir.save(state, this.schema, line)
         observer.finished_round(line)
     return conclude(this, manifest, state)
@@ -133,18 +137,17 @@ def agree(this: Coordinator) -> Manifest:
 
 def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
     """Score the last model on validation and the returned one on test; write the results."""
-    started = time.perf_counter()
-    state, last = evaluated(this, manifest, state, validation_task(state, manifest))
-    this.run_dir.save_counts(f"validation-{state.round_number:04d}", last.counts)
-    state = state.scored(this.task.figures(last.counts))
+    if not state.is_scored:
+        state, figures = evaluated(this, manifest, state, validation_task(state, manifest))
+        state = state.scored(figures)
+        this.run_dir.save_state(state)
     returned = best_round(state, this.study)
     model = this.run_dir.model(returned, this.schema)
-    state, test = evaluated(this, manifest, state, test_task(state, manifest, model, returned))
-    this.run_dir.save_counts("test", test.counts)
+    _, final = evaluated(this, manifest, state, test_task(state, manifest, model, returned))
     digest = this.run_dir.save_final(model, this.schema)
     rounds = this.run_dir.rounds()
-    seconds = [line["seconds"]["total"] for line in rounds]
-    sent = [*(line["bytes_up"] for line in rounds), last.bytes_up, test.bytes_up]
+    seconds = [line["seconds"] for line in rounds]
+    sums = [*rounds, *this.run_dir.evaluations()]
     summary: Summary = {
         "study": {"name": this.study.name, "digest": this.study.digest()},
         "num_rounds": state.round_number,
@@ -153,15 +156,15 @@ def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
         "survivors": [line["survivors"] for line in rounds],
         "metrics": {
             "by_round": list(state.validation[1:]),
-            "final": this.task.figures(test.counts),
+            "final": final,
         },
         "privacy": {},
         "wall_s": {
-            "total": sum(seconds) + time.perf_counter() - started,
-            "per_round": seconds,
+            "total": sum(line["seconds"]["total"] for line in sums),
+            "per_round": [line["total"] for line in seconds],
         },
         "bytes_up_per_site": {
-            site: sum(part.get(site, 0) for part in sent) for site in manifest.members
+            site: sum(line["bytes_up"].get(site, 0) for line in sums) for site in manifest.members
         },
         "num_params": this.schema.num_params,
         "final_model_sha256": digest,
@@ -173,13 +176,19 @@ def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
 
 def evaluated(
     this: Coordinator, manifest: Manifest, state: State, task: RoundTask
-) -> tuple[State, Total]:
-    """The counts of an evaluation; a void one is asked again under the next sum number."""
+) -> tuple[State, Figures]:
+    """Figures of an evaluation; a void one is asked again under the next sum number."""
+    started = time.perf_counter()
     while isinstance(total := sum_of(this, manifest, task), Void):
         state = state.skip_sum()
         this.run_dir.save_state(state)
         task = replace(task, sum_number=state.sum_number)
-    return state, total
+    line = sum_line(total, time.perf_counter() - started)
+    if task.purpose == Purpose.TEST:
+        this.run_dir.save_evaluation("test", total.counts, line)
+    else:
+        this.run_dir.save_evaluation(f"validation-{task.round_number:04d}", total.counts, line)
+    return state, this.task.figures(total.counts)
 
 
 def sum_of(this: Coordinator, manifest: Manifest, task: RoundTask) -> Total | Void:
@@ -202,14 +211,13 @@ def sum_of(this: Coordinator, manifest: Manifest, task: RoundTask) -> Total | Vo
     return total
 
 
-def round_line(state: State, total: Total, figures: Figures, seconds: float) -> dict[str, Any]:
-    """What ``rounds.jsonl`` says of a round; the figures are those of the model it began with."""
+def sum_line(total: Total, seconds: float) -> dict[str, Any]:
+    """What the run folder says of one sum."""
     return {
-        "round": state.round_number,
         "sum": total.task.sum_number,
+        "purpose": total.task.purpose,
         "survivors": list(total.survivors),
         "refusals": total.refusals,
-        "incoming_validation": figures,
         "bytes_up": total.bytes_up,
         "clipped": int(total.clipped.sum()),
         "seconds": {**total.seconds, "total": seconds},

@@ -59,10 +59,11 @@ def _adaptive_step(
     beta1, beta2 = np.float32(config.beta1), np.float32(config.beta2)
     one = np.float32(1)
     square = update * update
-    first = beta1 * state["first"] + (one - beta1) * update
+    first: Vector = beta1 * state["first"] + (one - beta1) * update
+    second: Vector
     if config.name == "fedadam":
         second = beta2 * state["second"] + (one - beta2) * square
     else:
         second = state["second"] - (one - beta2) * square * np.sign(state["second"] - square)
-    ratio: Vector = first / (np.sqrt(second) + np.float32(config.tau))
+    ratio: Vector = np.divide(first, np.sqrt(second) + np.float32(config.tau))
     return model + np.float32(config.learning_rate) * ratio, {"first": first, "second": second}

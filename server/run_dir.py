@@ -33,6 +33,7 @@ from server.state import State
 
 STATE = "state.safetensors"
 ROUNDS = "rounds.jsonl"
+EVALUATIONS = "evaluations.jsonl"
 SUMMARY = "summary.json"
 FINAL = "final.safetensors"
 SUMS = "SHA256SUMS"
@@ -148,6 +149,19 @@ class RunDir:
         with self._replacing(f"counts/{name}.npy") as file:
             np.save(file, counts)
 
+    def save_evaluation(
+        self, name: str, counts: NDArray[np.int64], line: Mapping[str, Any]
+    ) -> None:
+        """Record a sum that only scored a model; ``name`` as in ``counts``."""
+        self.save_counts(name, counts)
+        kept = [known for known in self.evaluations() if known["counts"] != name]
+        lines = [*kept, {"counts": name, **line}]
+        self._write(EVALUATIONS, "".join(json.dumps(known) + "\n" for known in lines).encode())
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """One record per sum that only scored a model."""
+        return self._lines(EVALUATIONS)
+
     def counts(self, name: str) -> NDArray[np.int64]:
         """Summed counts: ``validation-0007`` or ``test``."""
         counts: NDArray[np.int64] = np.load(self.path / "counts" / f"{name}.npy")
@@ -161,7 +175,10 @@ class RunDir:
 
     def rounds(self) -> list[dict[str, Any]]:
         """One record per finished round."""
-        path = self.path / ROUNDS
+        return self._lines(ROUNDS)
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.path / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def save_final(self, model: NDArray[np.float32], schema: Schema) -> str:

@@ -38,6 +38,11 @@ class State:
     exponents: tuple[int, ...]
     validation: tuple[Figures, ...] = ()
 
+    @property
+    def is_scored(self) -> bool:
+        """Whether the current model's validation figures are known."""
+        return len(self.validation) > self.round_number
+
     def step(
         self,
         total: Total,

@@ -1,0 +1,44 @@
+"""The two runtimes, started as a person starts them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def _run(script: str, folder: Path, *arguments: str) -> dict[str, object]:
+    command = [ROOT / "scripts" / script, "--run-dir", folder, *arguments]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    summary: dict[str, object] = json.loads((folder / "summary.json").read_text())
+    return summary
+
+
+@pytest.mark.slow
+def test_flower_and_one_process_give_the_same_model_on_real_images(
+    tmp_path: Path, real_data: Path
+) -> None:
+    arguments = ["--study", str(ROOT / "studies/pneumonia.toml"), "--sites", "4", "--seed", "3"]
+    arguments += ["--data", str(real_data / "pneumonia"), "--partition", "dirichlet:0.5"]
+    arguments += ["--set", "num_rounds=3"]
+    local = _run("simulate", tmp_path / "local", *arguments)
+    flower = _run("flwr-run", tmp_path / "flower", *arguments)
+    assert flower["final_model_sha256"] == local["final_model_sha256"]
+    assert flower["study"] == local["study"]
+    assert flower["metrics"] == local["metrics"]
+    assert flower["bytes_up_per_site"] == local["bytes_up_per_site"]
+
+
+@pytest.mark.slow
+def test_a_failed_flower_run_exits_with_an_error(tmp_path: Path) -> None:
+    arguments = ["--study", str(ROOT / "studies/pneumonia.toml"), "--sites", "4"]
+    command = [ROOT / "scripts/flwr-run", *arguments, "--data", str(tmp_path / "nowhere")]
+    command += ["--run-dir", str(tmp_path / "run")]
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stdout + ended.stderr
