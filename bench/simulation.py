@@ -114,7 +114,7 @@ def bare_s(study: Study, simulation: Simulation) -> float:
     with tempfile.TemporaryDirectory() as folder:
         sites = open_sites(study, simulation, Path(folder))
     recorded = [
-        [list(batches(site.data.train, study.training, site.randomness(r))) for site in sites]
+        [list(batches(site.data.train, study.training, site.rng(r))) for site in sites]
         for r in range(study.num_rounds)
     ]
     network = build_network(study).module

@@ -70,6 +70,14 @@ class PhantomData(_Data):
 Data = Annotated[NpzData | FolderData | PhantomData, Field(discriminator="format")]
 
 
+class Budget(Frozen):
+    """How much privacy this data set may ever cost, over all studies."""
+
+    unit: Literal["patient", "image"] = "patient"
+    epsilon: Annotated[float, Field(gt=0)]
+    delta: Annotated[float, Field(gt=0, le=0.01)]
+
+
 class SiteConfig(Frozen):
     """A whole ``site.toml``; ``common.config.load(path, SiteConfig)`` reads one."""
 
@@ -77,9 +85,11 @@ class SiteConfig(Frozen):
     state_dir: RelativePath
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: Data
+    budget: Budget | None = None
 
 
 class DataTable(Frozen):
-    """A file that holds nothing but ``[data]``: what the sites of a simulation have in common."""
+    """What the sites of a simulation have in common: a file with ``[data]`` and no names."""
 
     data: Data
+    budget: Budget | None = None

@@ -7,7 +7,7 @@ set: such a statistic would be a release of its own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from client.partition import deal
 from client.readers import read_cases
 from client.readers.case import Case, Split, Wanted
 from common.errors import DataError
-from common.study import Input, Study
+from common.study import DifferentialPrivacy, Input, Study
 
 VALIDATION_SHARE = 0.1  # of the training patients, where a data set has no validation split
 STACK = 256  # images prepared in one pass
@@ -97,10 +97,7 @@ def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteD
     Raises:
       DataError: An image or label cannot be used; or there is nothing to train on.
     """
-    splits = split_cases(read_cases(data, Wanted.by(study)), data)
-    if dealt is not None:
-        sites = deal(splits, rule=dealt.rule, num_sites=dealt.num_sites, seed=dealt.seed)
-        splits = sites[dealt.site_index]
+    splits = _dealt_cases(data, study, dealt)
     skipped: list[str] = []
     parts = {
         split: _prepare_all(cases, study, skipped if data.on_broken == "skip" else None)
@@ -111,6 +108,25 @@ def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteD
     return SiteData(
         parts[Split.TRAIN], parts[Split.VALIDATION], parts[Split.TEST], num_skipped=len(skipped)
     )
+
+
+def count_training_units(data: Data, study: Study, dealt: Deal | None) -> int:
+    """Training patients of one simulated site; no pixel is prepared.
+
+    With ``privacy.unit = "image"`` every image is a unit of its own.
+    """
+    cases = _dealt_cases(data, study, dealt)[Split.TRAIN]
+    if isinstance(study.privacy, DifferentialPrivacy) and study.privacy.unit == "image":
+        return len(cases)
+    return len({case.patient for case in cases})
+
+
+def _dealt_cases(data: Data, study: Study, dealt: Deal | None) -> Mapping[Split, Sequence[Case]]:
+    splits = split_cases(read_cases(data, Wanted.by(study)), data)
+    if dealt is None:
+        return splits
+    sites = deal(splits, rule=dealt.rule, num_sites=dealt.num_sites, seed=dealt.seed)
+    return sites[dealt.site_index]
 
 
 def split_cases(cases: Sequence[Case], data: Data) -> dict[Split, list[Case]]:

@@ -17,7 +17,8 @@ from common.messages import Upload
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS epoch (manifest TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS answer (
-    sum_number INTEGER PRIMARY KEY, task TEXT NOT NULL, body BLOB NOT NULL, tail BLOB NOT NULL
+    sum_number INTEGER PRIMARY KEY, task TEXT NOT NULL, body BLOB NOT NULL, tail BLOB NOT NULL,
+    statement TEXT NOT NULL
 );
 """
 
@@ -55,20 +56,21 @@ class Journal:
     def stored(self, run: str, sum_number: int, task_digest: str) -> Upload | None:
         """The answer that was given to exactly this task, or None."""
         row = self._database.execute(
-            "SELECT body, tail FROM answer WHERE sum_number = ? AND task = ?",
+            "SELECT body, tail, statement FROM answer WHERE sum_number = ? AND task = ?",
             (sum_number, task_digest),
         ).fetchone()
         if row is None:
             return None
         body, tail = np.frombuffer(row[0], np.uint8), np.frombuffer(row[1], np.uint64)
-        return Upload(run, sum_number, body, tail)
+        return Upload(run, sum_number, body, tail, row[2])
 
     def record(self, upload: Upload, task_digest: str) -> None:
         """Keep an answer in the place of the one before; on disk when this returns."""
-        row = (upload.sum_number, task_digest, upload.body.data, upload.tail.tobytes())
+        body, tail = upload.body.data, upload.tail.tobytes()
+        row = (upload.sum_number, task_digest, body, tail, upload.statement)
         with self._transaction():
             self._database.execute("DELETE FROM answer")
-            self._database.execute("INSERT INTO answer VALUES (?, ?, ?, ?)", row)
+            self._database.execute("INSERT INTO answer VALUES (?, ?, ?, ?, ?)", row)
 
     def close(self) -> None:
         """Let go of the file."""

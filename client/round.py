@@ -7,12 +7,13 @@ import hashlib
 from client.evaluate import evaluate
 from client.session import Session
 from client.site import Site
-from client.train import train
+from client.train import train, train_privately
 from common.errors import RemoteProtocolError
 from common.manifest import Manifest, check_manifest, plan_epoch
 from common.messages import Invitation, Message, Present, Purpose, RoundTask, Upload
 from common.models.build import initial_weights
 from common.quantize import only_counts, quantize
+from common.update import LocalUpdate
 
 
 def answer(message: Message, site: Site) -> Message:
@@ -52,16 +53,11 @@ def join(invitation: Invitation, site: Site) -> Present:
 
 def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
     """Score the incoming model, train it on local images and return the masked update."""
+    if site.plan is not None:
+        # Debit before the data is touched: a crash may waste budget, never overspend it.
+        site.ledger.debit(session.run, task.sum_number, site.plan.event)
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
-    update = train(
-        task.model,
-        site.data.train,
-        site.study.training,
-        network=site.network,
-        task=site.task,
-        progress=(task.round_number - 1) / site.study.num_rounds,
-        rng=site.randomness(task.sum_number),
-    )
+    update = local_update(task, site)
     quantized = quantize(
         update,
         counts,
@@ -71,11 +67,37 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
         weight_cap=session.manifest.weight_cap,
         ring=session.manifest.ring,
     )
-    return session.mask(quantized)
+    return session.mask(quantized, site.statement(session.run))
+
+
+def local_update(task: RoundTask, site: Site) -> LocalUpdate:
+    """Train as the approved study says, privately or not; the message has no say in it."""
+    progress = (task.round_number - 1) / site.study.num_rounds
+    if site.plan is None:
+        return train(
+            task.model,
+            site.data.train,
+            site.study.training,
+            network=site.network,
+            task=site.task,
+            progress=progress,
+            rng=site.rng(task.sum_number),
+        )
+    return train_privately(
+        task.model,
+        site.data.train,
+        site.study.training,
+        site.plan,
+        network=site.network,
+        task=site.task,
+        progress=progress,
+        secrets=site.secrets(task.sum_number),
+    )
 
 
 def score(task: RoundTask, session: Session, site: Site) -> Upload:
     """Return the masked counts of a model on one split; nothing is trained, no weights travel."""
     images = site.data.test if task.purpose == Purpose.TEST else site.data.validation
     counts = evaluate(task.model, images, network=site.network, task=site.task)
-    return session.mask(only_counts(counts, site.weight, len(task.exponents)))
+    counted = only_counts(counts, site.weight, len(task.exponents))
+    return session.mask(counted, site.statement(session.run))

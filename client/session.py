@@ -73,7 +73,7 @@ class Session:
         self._accepted = task
         return None
 
-    def mask(self, update: QuantizedUpdate) -> Upload:
+    def mask(self, update: QuantizedUpdate, statement: str = "") -> Upload:
         """Turn the answer to the accepted task into what may leave the site, and keep it.
 
         Raises:
@@ -84,7 +84,8 @@ class Session:
             raise LocalProtocolError("there is no accepted task to answer")
         bits = self.manifest.ring_bits
         masked = mask(update, bits=bits)
-        upload = Upload(self.run, task.sum_number, pack(masked.values, bits=bits), masked.tail)
+        body = pack(masked.values, bits=bits)
+        upload = Upload(self.run, task.sum_number, body, masked.tail, statement)
         self._journal.record(upload, digest_of(task))
         return upload
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from client.config import DataTable
-from client.dataset import Deal, load_site_data
+from client.dataset import Deal, count_training_units, load_site_data
 from client.site import Site, open_site, pick_device
 from common.config import validate
 from common.simulation import Simulation
@@ -27,17 +28,23 @@ def simulated_site(
     table = dict(simulation.data)
     if simulation.generates_data:
         table["site_index"] = index
-    data = validate({"data": table}, DataTable, source=Path(f"{study.name}.site.toml")).data
-    dealt = None
+    source = Path(f"{study.name}.site.toml")
+    given = {"data": table, **({"budget": simulation.budget} if simulation.budget else {})}
+    config = validate(given, DataTable, source=source)
+    data, dealt = config.data, None
     if not simulation.generates_data:
         dealt = Deal(simulation.partition, simulation.num_sites, index, study.seed)
-    images = load_site_data(data, study, dealt)
+    declared = data.declared_patients
+    if declared is None:  # the harness declares for the site what the partition gave it
+        declared = count_training_units(data, study, dealt)
     name = study.site_names[index]
     return open_site(
         name,
         study,
-        images,
-        weight=images.train.num_patients,
+        functools.partial(load_site_data, data, study, dealt),
+        data_name=data.name,
+        weight=declared,
+        budget=config.budget,
         state_dir=run_dir / "sites" / name,
         device=pick_device(device),
     )

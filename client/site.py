@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from client.clipping import check_engine, check_layers
+from client.config import Budget
 from client.dataset import SiteData
 from client.journal import Journal
+from client.ledger import Ledger
+from client.noise import Keystream
 from common.errors import ConfigError
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
+from common.plan import PrivacyPlan, plan_privacy
+from common.statement import Statement
 from common.study import Study
 from common.tasks import Task, task_of
 
@@ -23,17 +31,53 @@ class Site:
 
     name: str
     study: Study
-    data: SiteData
     weight: int  # declared patients: public, and not the true count
     network: FlatNetwork
     task: Task
     journal: Journal
+    ledger: Ledger
+    plan: PrivacyPlan | None  # None in a study without privacy
+    load: Callable[[], SiteData]
 
-    def randomness(self, sum_number: int) -> torch.Generator:
-        """A reproducible stream for one sum: order of images and augmentation."""
-        text = f"{self.study.seed}/{self.study.site_names.index(self.name)}/{sum_number}"
+    @functools.cached_property
+    def data(self) -> SiteData:
+        """The site's images; the first access opens them, after the first debit."""
+        return self.load().to(self.network.values.device)
+
+    def rng(self, sum_number: int) -> torch.Generator:
+        """A reproducible stream for one sum: order of images and augmentation without privacy."""
+        text = f"{self.study.seed}/{self._index}/{sum_number}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
         return torch.Generator().manual_seed(seed % 2**63)
+
+    def secrets(self, sum_number: int) -> Keystream:
+        """What draws patients and noise: the operating system, unless the study says seeded."""
+        if self.plan is not None and self.plan.terms.randomness == "seeded":
+            return Keystream.from_seed(self.study.seed, self._index, sum_number)
+        return Keystream.from_os()
+
+    def statement(self, run: str) -> str:
+        """This run's spending so far, as JSON; empty in a study without privacy."""
+        if self.plan is None:
+            return ""
+        steps = sum(event.steps for event in self.ledger.events_of(run))
+        event, terms = self.plan.event, self.plan.terms
+        return Statement(
+            run=run,
+            site=self.name,
+            epsilon=self.plan.epsilon_of_steps(steps),
+            delta=terms.delta,
+            unit=terms.unit,
+            noise_multiplier=event.noise_multiplier,
+            sampling_probability=event.sampling_probability,
+            steps=steps,
+            accountant="prv",
+            randomness=terms.randomness,
+        ).model_dump_json()
+
+    @property
+    def _index(self) -> int:
+        return self.study.site_names.index(self.name)
 
 
 def pick_device(name: str) -> torch.device:
@@ -44,13 +88,22 @@ def pick_device(name: str) -> torch.device:
 
 
 def open_site(
-    name: str, study: Study, data: SiteData, *, weight: int, state_dir: Path, device: torch.device
+    name: str,
+    study: Study,
+    load: Callable[[], SiteData],
+    *,
+    data_name: str,
+    weight: int,
+    budget: Budget | None,
+    state_dir: Path,
+    device: torch.device,
 ) -> Site:
-    """Put a site together.
+    """Put a site together; no image is opened.
 
     Raises:
-      ConfigError: The site is not a member of the study, or declares more patients than the
-        study's weight cap.
+      ConfigError: The site is not a member of the study, declares more patients than the study's
+        weight cap; or the model cannot be trained privately.
+      BudgetExhausted: The whole study does not fit the data set's budget.
     """
     if name not in study.site_names:
         raise ConfigError(f"{name} is not a member of study {study.name}")
@@ -58,12 +111,28 @@ def open_site(
     if weight > cap:
         raise ConfigError(f"{name} declares {weight} patients, aggregation.weight_cap is {cap}")
     torch.set_num_threads(study.torch_threads)
-    return Site(
+    site = Site(
         name=name,
         study=study,
-        data=data.to(device),
         weight=weight,
         network=build_network(study, device),
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
+        ledger=Ledger(state_dir / "ledgers" / f"{data_name}.jsonl", data_name, budget),
+        plan=plan_privacy(study, weight),
+        load=load,
     )
+    if site.plan is not None:
+        check_private_training(site, site.plan)
+    return site
+
+
+def check_private_training(site: Site, plan: PrivacyPlan) -> None:
+    """Refuse before any data is opened: layers, the clipping engine, the budget."""
+    check_layers(site.network.module)
+    shape = (site.study.input.channels, *site.study.input.size)
+    targets = site.task.made_up_targets(3).to(site.network.values.device)
+    check_engine(site.network, shape, site.task.local_loss(None), targets)
+    fresh = site.journal.manifest() is None
+    if fresh:
+        site.ledger.check([plan.event] * plan.num_rounds, f"study {site.study.name}")

@@ -82,7 +82,9 @@ def validate(table: Mapping[str, Any], kind: type[Model], *, source: Path) -> Mo
         try:
             model = _build(rest, kind, source)
         except ValidationError as error:
-            new = {key: text for key, text in _problems(error, rest, kind) if key not in found}
+            # What was taken out is missing now: only the first reading tells what really is.
+            again = bool(found)
+            new = dict(_problems(error, rest, kind, skip_missing=again))
         else:
             new = dict(_conflicts(model))
             if not found and not new:
@@ -147,9 +149,11 @@ def _conflicts(model: Frozen, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _problems(
-    error: ValidationError, table: Mapping[str, Any], kind: type[Frozen]
+    error: ValidationError, table: Mapping[str, Any], kind: type[Frozen], *, skip_missing: bool
 ) -> Iterator[tuple[str, str]]:
     for problem in error.errors(include_url=False, include_input=False):
+        if skip_missing and problem["type"] == "missing":
+            continue
         keys = _keys(problem["loc"], table)
         text = problem["msg"]
         context = problem.get("ctx", {})

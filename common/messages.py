@@ -81,6 +81,7 @@ class Upload:
     sum_number: int
     body: NDArray[np.uint8]  # packed residues modulo 2**bits; empty unless the purpose is TRAIN
     tail: NDArray[np.uint64]  # (num_tail,)
+    statement: str = ""  # JSON of common.statement.Statement; empty without privacy
 
 
 @dataclass(frozen=True)

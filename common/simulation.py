@@ -29,6 +29,7 @@ class Simulation(Frozen):
     num_sites: Annotated[int, Field(ge=MIN_SITES, le=255)]
     partition: str = "iid"
     data: dict[str, Any]  # the [data] table of every site; client.config checks it
+    budget: dict[str, Any] = Field(default_factory=dict)  # its [budget] table, where there is one
 
     @field_validator("partition")
     @classmethod
@@ -65,10 +66,10 @@ def plan_simulation(
         raise ConfigError(f"{num_sites} sites, the study needs {study.cohort.min_sites} or more")
     if not study.members:
         study = study.with_members(tuple(f"site-{k + 1}" for k in range(num_sites)))
-    table = _data_table(study_path, data_root)
+    table, budget = _site_tables(study_path, data_root)
     if table.get("format") == "phantom" and partition:
         raise ConfigError("--partition: phantoms are not dealt out, each site generates its own")
-    simulation = _check(num_sites, partition or "iid", table)
+    simulation = _check(num_sites, partition or "iid", table, budget)
     return study, simulation
 
 
@@ -110,9 +111,10 @@ def _from_root(path: str) -> Path:
     return Path(sys.prefix).parent / Path(path).expanduser()
 
 
-def _data_table(study_path: Path, data_root: str) -> dict[str, Any]:
+def _site_tables(study_path: Path, data_root: str) -> tuple[dict[str, Any], dict[str, Any]]:
     path = study_path.with_suffix(".site.toml")
-    table = read_table(path).get("data")
+    content = read_table(path)
+    table = content.get("data")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: no [data] table; it says where a site's images are")
     if data_root:
@@ -121,14 +123,16 @@ def _data_table(study_path: Path, data_root: str) -> dict[str, Any]:
         table["root"] = str(Path(data_root).expanduser().resolve())
     elif "root" in table:
         table["root"] = str((path.parent / table["root"]).resolve())
-    return table
+    return table, content.get("budget", {})
 
 
-def _check(num_sites: int, partition: str, table: dict[str, Any]) -> Simulation:
+def _check(
+    num_sites: int, partition: str, table: dict[str, Any], budget: dict[str, Any]
+) -> Simulation:
     if not MIN_SITES <= num_sites <= 255:  # noqa: PLR2004
         raise ConfigError(f"--sites {num_sites}: a secure sum takes {MIN_SITES} to 255 sites")
     try:
-        return Simulation(num_sites=num_sites, partition=partition, data=table)
+        return Simulation(num_sites=num_sites, partition=partition, data=table, budget=budget)
     except ValueError:
         text = f"--partition {partition}: expected iid or dirichlet:A with A > 0"
         raise ConfigError(text) from None

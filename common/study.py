@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from common.config import Frozen
 
@@ -160,6 +160,39 @@ class NoPrivacy(Frozen):
     mode: Literal["none"]
 
 
+class DifferentialPrivacy(Frozen):
+    """DP-SGD at every site: what one patient's (or image's) whole record may change."""
+
+    unit: Literal["patient", "image"] = "patient"
+    epsilon: Positive | None = None  # of the whole study, at each site; or the noise multiplier
+    noise_multiplier: Positive | None = None  # noise standard deviation / example_clip_norm
+    delta: Annotated[float, Field(gt=0, le=0.01)]
+    example_clip_norm: Positive  # L2 norm of one unit's gradient
+    max_images_per_patient: Count = 1  # images of one patient in one step
+    randomness: Literal["os", "seeded"] = "os"
+
+    @model_validator(mode="after")
+    def _check_privacy(self) -> DifferentialPrivacy:
+        if (self.epsilon is None) == (self.noise_multiplier is None):
+            raise ValueError("give exactly one of epsilon and noise_multiplier")
+        if self.unit == "image" and self.max_images_per_patient != 1:
+            raise ValueError(
+                "with unit = image every image is its own unit: leave out max_images_per_patient"
+            )
+        return self
+
+
+def _privacy_kind(value: Any) -> str:
+    mode = value.get("mode") if isinstance(value, dict) else getattr(value, "mode", None)
+    return "private" if mode is None else "none"
+
+
+Privacy = Annotated[
+    Annotated[NoPrivacy, Tag("none")] | Annotated[DifferentialPrivacy, Tag("private")],
+    Discriminator(_privacy_kind),
+]
+
+
 class Aggregation(Frozen):
     """The secure sum's number format."""
 
@@ -198,7 +231,7 @@ class Study(Frozen):
     input: Input
     training: Training
     server_optimizer: ServerOptimizer = FedAvg()
-    privacy: NoPrivacy
+    privacy: Privacy
     aggregation: Aggregation = Aggregation()
     cohort: Cohort = Cohort()
     deadlines: Deadlines = Deadlines()
@@ -215,8 +248,19 @@ class Study(Frozen):
         if stopping and stopping.figure not in self.task.figures:
             choices = ", ".join(self.task.figures)
             yield "training.early_stopping.figure", f"this task has {choices}"
+        if isinstance(self.privacy, DifferentialPrivacy):
+            yield from self._privacy_conflicts()
         if self.model.name == "resnet18" and min(self.input.size) < 16:  # noqa: PLR2004
             yield "input.size", "resnet18 needs at least 16 pixels on each side"
+
+    def _privacy_conflicts(self) -> Iterator[tuple[str, str]]:
+        """What would release more about a patient than the noise covers."""
+        if self.training.logit_adjustment:
+            text = "uses the site's own class shares, which are private; leave it out"
+            yield "training.logit_adjustment", text
+        if self.training.early_stopping:
+            text = "would choose by figures of patients that are not noised; leave it out"
+            yield "training.early_stopping", text
 
     @property
     def site_names(self) -> tuple[str, ...]:

@@ -88,6 +88,7 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
       RoundAborted: So many sums were void that the run cannot end.
     """
     if done := run_dir.summary():
+        run_dir.seal()  # the last step of a run, and the only one a crash may have left out
         return done
     this = Coordinator(study, network, run_dir, observer)
     manifest = agree(this)
@@ -102,6 +103,7 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
             continue
         figures = this.task.figures(total.counts)
         run_dir.save_counts(f"validation-{state.round_number:04d}", total.counts)
+        run_dir.save_statements(total.statements)
         state = state.step(total, figures, study, manifest, this.schema.sizes)
         line = {
             "round": state.round_number,
@@ -158,7 +160,10 @@ def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
             "by_round": list(state.validation[1:]),
             "final": final,
         },
-        "privacy": {},
+        "privacy": {
+            statement.site: statement.model_dump(exclude={"run", "site"})
+            for statement in this.run_dir.statements()
+        },
         "wall_s": {
             "total": sum(line["seconds"]["total"] for line in sums),
             "per_round": [line["total"] for line in seconds],
@@ -183,6 +188,7 @@ def evaluated(
         state = state.skip_sum()
         this.run_dir.save_state(state)
         task = replace(task, sum_number=state.sum_number)
+    this.run_dir.save_statements(total.statements)
     line = sum_line(total, time.perf_counter() - started)
     if task.purpose == Purpose.TEST:
         this.run_dir.save_evaluation("test", total.counts, line)

@@ -24,7 +24,7 @@ from common.config import read_table
 from common.errors import ConfigError, FederationError
 from common.manifest import Manifest
 from common.simulation import STUDY, Simulation
-from common.study import NoPrivacy, Study
+from common.study import DifferentialPrivacy, NoPrivacy, Study
 from common.tasks import Figures, task_of
 from common.tasks.classification import NUM_BINS
 from server.report_figures import Svg, draw_pictures, examples_of, figures_by_class
@@ -37,6 +37,7 @@ REQUIRED: Final = (STUDY, SUMMARY, ROUNDS, EVALUATIONS, FINAL, "epoch-1.json", "
 MIN_SUPPORT: Final = 30  # test images of a class; with fewer, one image moves recall by over 3 %
 
 # What the masks of a run hide, by the version of its manifests (common/secagg/masking.py).
+COUNTS_WITHOUT_NOISE = "Counts of held-out images were added up over the sites without noise."
 MASKS: Final = {
     1: "Masks are the identity in this version: updates were added up in the ring of the secure "
     "sum, but nothing hid them, and the coordinator could read the update of a single site.",
@@ -241,8 +242,38 @@ def privacy_lines(study: Study, summary: dict[str, Any]) -> list[str]:
             )
             return [
                 bounds_nothing,
-                "Counts of held-out images were added up over the sites without noise.",
+                COUNTS_WITHOUT_NOISE,
             ]
+        case DifferentialPrivacy():
+            return _private_lines(study.privacy, summary["privacy"])
+
+
+def _private_lines(terms: DifferentialPrivacy, by_site: dict[str, Any]) -> list[str]:
+    if not by_site:
+        raise FederationError(f"{STUDY} asks for privacy, {SUMMARY} lists no site's epsilon")
+    largest = max(site["epsilon"] for site in by_site.values())
+    first = (
+        f"Differential privacy: epsilon {largest:.3f} at delta {terms.delta:g}, the largest of the "
+        f"{len(by_site)} sites, for one {terms.unit}'s whole training record at one site; "
+        "neighbouring data sets differ by adding or removing it."
+    )
+    lines = [first]
+    if terms.randomness == "seeded":
+        lines.insert(
+            0,
+            "Seeded randomness: whoever knows the seed can subtract the noise. This run is a "
+            "simulation or a test and protects nobody.",
+        )
+    if terms.unit == "image":
+        lines.append(
+            "The unit is one image, a weaker promise than one patient: a patient with several "
+            "images is covered for each of them alone."
+        )
+    return [
+        *lines,
+        "A patient seen at two sites is exposed to the sum of both sites' epsilon.",
+        COUNTS_WITHOUT_NOISE,
+    ]
 
 
 def facts_of(record: Record) -> Facts:
@@ -254,7 +285,7 @@ def facts_of(record: Record) -> Facts:
         "study": summary["study"],
         "run": {"digest": record.manifest.digest(), "code": record.manifest.code},
         "privacy": {
-            "mode": study.privacy.mode,
+            "mode": "none" if isinstance(study.privacy, NoPrivacy) else "dp-sgd",
             "lines": privacy_lines(study, summary),
             "masks": MASKS[record.manifest.version],
             "sites": summary["privacy"],

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,14 @@ from common.errors import ConfigError
 from common.manifest import Manifest
 from common.models.flat import Schema
 from common.simulation import SIMULATION, STUDY, Simulation
+from common.statement import Statement
 from common.study import Study
 from server.state import State
 
 STATE = "state.safetensors"
 ROUNDS = "rounds.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+PRIVACY = "privacy"
 SUMMARY = "summary.json"
 FINAL = "final.safetensors"
 SUMS = "SHA256SUMS"
@@ -148,6 +150,18 @@ class RunDir:
         """Keep the summed counts that figures are computed from."""
         with self._replacing(f"counts/{name}.npy") as file:
             np.save(file, counts)
+
+    def save_statements(self, statements: Iterable[Statement]) -> None:
+        """Keep each site's latest privacy statement."""
+        for statement in statements:
+            (self.path / PRIVACY).mkdir(exist_ok=True)
+            text = statement.model_dump_json(indent=2) + "\n"
+            self._write(f"{PRIVACY}/{statement.site}.json", text.encode())
+
+    def statements(self) -> list[Statement]:
+        """The sites' statements, by name; empty in a study without privacy."""
+        files = sorted((self.path / PRIVACY).glob("*.json"))
+        return [Statement.parse(file.read_text()) for file in files]
 
     def save_evaluation(
         self, name: str, counts: NDArray[np.int64], line: Mapping[str, Any]

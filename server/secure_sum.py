@@ -14,6 +14,7 @@ from common.manifest import Manifest
 from common.messages import Message, Purpose, Refusal, RoundTask, Upload
 from common.quantize import dequantize
 from common.secagg.masking import add, unmask, unpack
+from common.statement import Statement
 from server.network import Network
 
 OnUpload = Callable[[str, int, int], None]  # site, uploads so far, members
@@ -30,6 +31,7 @@ class Total:
     weight: int
     clipped: NDArray[np.int64]  # (num_tensors,)
     counts: NDArray[np.int64]  # (num_counts,)
+    statements: tuple[Statement, ...]  # of the survivors; empty without privacy
     bytes_up: dict[str, int]
     seconds: dict[str, float]  # by phase
 
@@ -77,6 +79,7 @@ def secure_sum(
     tail = np.zeros(manifest.num_tail, np.uint64)
     bytes_up: dict[str, int] = {}
     refusals: dict[str, str] = {}
+    statements: list[Statement] = []
     adding_s = 0.0
     started = time.perf_counter()
     for site, reply in network.ask(manifest.members, task):
@@ -87,7 +90,8 @@ def secure_sum(
         upload = _check_upload(site, reply, task, manifest, seen=bytes_up)
         add(values, unpack(upload.body, bits=manifest.ring_bits))
         np.add(tail, upload.tail, out=tail)
-        bytes_up[site] = upload.body.nbytes + upload.tail.nbytes
+        bytes_up[site] = upload.body.nbytes + upload.tail.nbytes + len(upload.statement)
+        statements += _check_statement(site, upload)
         on_upload(site, len(bytes_up), len(manifest.members))
         adding_s += time.perf_counter() - arrived
     survivors = tuple(sorted(bytes_up))
@@ -104,6 +108,7 @@ def secure_sum(
         weight=int(signed[0]),
         clipped=signed[1 : 1 + num_tensors],
         counts=signed[1 + num_tensors :],
+        statements=tuple(statements),
         bytes_up=bytes_up,
         seconds={
             "sites": collected - started - adding_s,
@@ -128,3 +133,12 @@ def _check_upload(
             f"{num_bytes} and {manifest.num_tail}"
         )
     return reply
+
+
+def _check_statement(site: str, upload: Upload) -> list[Statement]:
+    if not upload.statement:
+        return []
+    statement = Statement.parse(upload.statement)
+    if (statement.site, statement.run) != (site, upload.run):
+        raise RemoteProtocolError(f"{site} sent the privacy statement of {statement.site}")
+    return [statement]

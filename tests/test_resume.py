@@ -49,7 +49,7 @@ def test_killed_and_resumed_gives_the_same_model(
     moment: str, tmp_path: Path, undisturbed: str
 ) -> None:
     folder = tmp_path / "run"
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parent / "support")
     code = KILLED.format(tests=tests, moment=moment, optimizer=OPTIMIZER, folder=str(folder))
     ended = subprocess.run([sys.executable, "-c", code], check=False)
     assert ended.returncode == -signal.SIGKILL

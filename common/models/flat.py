@@ -60,11 +60,13 @@ class FlatNetwork:
       gradients: Their gradients, shape (num_params,); backward adds to it.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, module: nn.Module, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
         self.module = module.to(device)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.schema = Schema(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named))
-        self.values = torch.empty(self.schema.num_params, device=device, dtype=torch.float32)
+        self.values = torch.empty(self.schema.num_params, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.values)
         start = 0
         for _, parameter in named:

@@ -31,6 +31,10 @@ class Task(Protocol):
         """
         ...
 
+    def made_up_targets(self, num: int) -> Tensor:
+        """Targets of images that do not exist, for checks before data is opened."""
+        ...
+
     def counts(self, outputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
         """Summable counts of one batch, shape (num_counts,)."""
         ...

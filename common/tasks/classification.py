@@ -2,8 +2,8 @@
 
 The counts hold a confusion matrix and, per class, two histograms of the score: of images that have
 the class and of those that do not. AUROC follows from the histograms by the trapezoid rule, within
-the width of a bin. Bins are uniform in the logit of the class probability, where the scores of a
-confident network still differ.
+the width of a bin. Bins stand in the logit of the class probability, where the scores of a
+confident network still differ, and are finest around 0, where an untrained one puts all of them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from common.tasks.base import Figures, Loss
 
 NUM_BINS = 1024
 LOGIT_RANGE = 16.0  # scores beyond sigmoid(+-16) share the outermost bins
+FINEST = 8.0  # bins are finest within +-1 / FINEST of logit 0
 MAX_LOSS = 2.0**16  # per image; a diverged network must not overflow the sum
 
 
@@ -66,6 +67,13 @@ class ClassificationTask:
         shift = self._log_shares(targets)
         return lambda outputs, batch: self._losses(outputs + shift, batch).mean()
 
+    def made_up_targets(self, num: int) -> Tensor:
+        """Classes in turn; see ``Task.made_up_targets``."""
+        classes = torch.arange(num) % len(self.classes)
+        if self.labels == "multilabel":
+            return F.one_hot(classes, len(self.classes))
+        return classes
+
     def counts(self, outputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
         """Summable counts of one batch; see ``Task.counts``."""
         vector = np.zeros(self.num_counts, np.int64)
@@ -85,8 +93,7 @@ class ClassificationTask:
             np.add.at(counts.confusion[0], (truth, predicted), 1)
             one_hot = np.eye(len(self.classes), dtype=np.int64)[truth]
             has_class = one_hot[:, 1:] if self.labels == "binary" else one_hot
-        bins = np.floor((logits / LOGIT_RANGE + 1) * (NUM_BINS / 2))
-        bins = np.clip(np.nan_to_num(bins), 0, NUM_BINS - 1).astype(np.int64)
+        bins = _bins(logits)
         for score in range(self.num_outputs):
             np.add.at(counts.scores[score], (has_class[:, score], bins[:, score]), 1)
         return vector
@@ -174,6 +181,16 @@ class ClassificationTask:
         if self.labels == "binary":
             return totals[0][1:], totals[1][1:], totals[2][1:]
         return totals
+
+
+def _bins(logits: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The bin of each logit, 0 to NUM_BINS - 1; NaN goes to the middle."""
+    within = np.clip(np.nan_to_num(logits), -LOGIT_RANGE, LOGIT_RANGE)
+    place = np.arcsinh(within * FINEST) / np.arcsinh(LOGIT_RANGE * FINEST)
+    bins: NDArray[np.int64] = np.clip((place + 1) * (NUM_BINS / 2), 0, NUM_BINS - 1).astype(
+        np.int64
+    )
+    return bins
 
 
 def auroc(without: NDArray[np.int64], having: NDArray[np.int64]) -> float | None:

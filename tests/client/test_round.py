@@ -119,7 +119,7 @@ def test_the_answer_is_the_trained_update_and_the_score_of_the_incoming_model(
     )  # fmt: skip
     wanted = train(
         asked.model, site.data.train, site.study.training,
-        network=site.network, task=site.task, progress=0.0, rng=site.randomness(0),
+        network=site.network, task=site.task, progress=0.0, rng=site.rng(0),
     ).values  # fmt: skip
     half_step = 2.0 ** asked.exponents[0] / 2 * 40 / site.weight
     assert np.abs(mean - wanted).max() <= half_step + 1e-7
@@ -283,8 +283,16 @@ def test_a_model_that_is_not_finite_is_never_trained_into_an_upload(make_site: S
 def test_a_site_that_is_no_member_cannot_be_opened(make_site: SiteFactory, tmp_path: Path) -> None:
     site = make_site()
     with pytest.raises(ConfigError, match="mallory is not a member of study tiny"):
-        open_site("mallory", site.study, site.data, weight=3, state_dir=tmp_path,
-                  device=pick_device("cpu"))  # fmt: skip
+        open_site(
+            "mallory",
+            site.study,
+            site.load,
+            data_name="tiny",
+            weight=3,
+            budget=None,
+            state_dir=tmp_path,
+            device=pick_device("cpu"),
+        )
 
 
 def test_a_site_cannot_declare_more_patients_than_the_studys_cap(
@@ -298,6 +306,6 @@ def test_the_stream_of_a_sum_depends_on_seed_site_and_number(
     make_site: SiteFactory, make_study: StudyFactory
 ) -> None:
     sites = [make_site(), make_site(index=1), make_site(make_study(seed=4))]
-    seeds = {site.randomness(number).initial_seed() for site in sites for number in (0, 1)}
+    seeds = {site.rng(number).initial_seed() for site in sites for number in (0, 1)}
     assert len(seeds) == 6
-    assert make_site().randomness(1).initial_seed() == sites[0].randomness(1).initial_seed()
+    assert make_site().rng(1).initial_seed() == sites[0].rng(1).initial_seed()

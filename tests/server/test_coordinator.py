@@ -55,7 +55,7 @@ def test_the_federation_equals_plain_averaging_within_the_rounding_bound(tmp_pat
             network=site.network,
             task=task,
             progress=0.0,
-            rng=site.randomness(0),
+            rng=site.rng(0),
         ).values
         for site in sites.values()
     ]
