@@ -152,7 +152,7 @@ def _problems(
     error: ValidationError, table: Mapping[str, Any], kind: type[Frozen], *, skip_missing: bool
 ) -> Iterator[tuple[str, str]]:
     for problem in error.errors(include_url=False, include_input=False):
-        if skip_missing and problem["type"] == "missing":
+        if skip_missing and problem["type"] in ("missing", "union_tag_not_found"):
             continue
         keys = _keys(problem["loc"], table)
         text = problem["msg"]
