@@ -14,6 +14,12 @@ from torch import Tensor
 
 from common.study import Augmentation
 
+NUM_DRAWS = 7  # angle, zoom, flip, two shifts, contrast, brightness
+_NONE = Augmentation()
+_RESAMPLE = AffineTransform(
+    normalized=True, reverse_indexing=False, padding_mode="border", align_corners=False
+)
+
 
 def augment(images: Tensor, config: Augmentation, rng: torch.Generator) -> Tensor:
     """A changed copy of a batch; the batch itself when the study asks for no change.
@@ -23,42 +29,35 @@ def augment(images: Tensor, config: Augmentation, rng: torch.Generator) -> Tenso
       config: How large the changes may be.
       rng: Source of every draw; on the CPU.
     """
-    if _moves(config):
-        matrices = _matrices(len(images), config, rng).to(images.device)
-        resample = AffineTransform(
-            normalized=True, reverse_indexing=False, padding_mode="border", align_corners=False
-        )
-        images = resample(images, matrices)
+    if config == _NONE:
+        return images
+    num = len(images)
+    drawn = 2 * torch.rand((NUM_DRAWS, num), generator=rng) - 1  # uniform in [-1, 1)
+    if config.flip or config.rotate_degrees or config.shift or config.zoom:
+        height, width = images.shape[-2:]
+        matrices = _matrices(drawn, width / height, config).to(images.device)
+        images = _RESAMPLE(images, matrices)
     if config.contrast or config.brightness:
-        gain = 1 + config.contrast * _uniform(len(images), rng)
-        offset = config.brightness * _uniform(len(images), rng)
-        images = images * _per_image(gain, images) + _per_image(offset, images)
+        shape = (num, *[1] * (images.ndim - 1))
+        gain, offset = 1 + config.contrast * drawn[5], config.brightness * drawn[6]
+        images = torch.addcmul(
+            offset.reshape(shape).to(images.device), images, gain.reshape(shape).to(images.device)
+        )
     if config.noise:
-        drawn = torch.randn(images.shape, generator=rng).to(images.device)
-        images = images + config.noise * drawn
+        images = images + config.noise * torch.randn(images.shape, generator=rng).to(images.device)
     return images
 
 
-def _moves(config: Augmentation) -> bool:
-    return any((config.flip, config.rotate_degrees, config.shift, config.zoom))
+def _matrices(drawn: Tensor, aspect: float, config: Augmentation) -> Tensor:
+    """Where each output pixel is read from: (batch, 2, 3) in coordinates from -1 to 1.
 
-
-def _matrices(num: int, config: Augmentation, rng: torch.Generator) -> Tensor:
-    """Where each output pixel is read from: (num, 2, 3) in coordinates from -1 to 1."""
-    angle = math.radians(config.rotate_degrees) * _uniform(num, rng)
-    scale = 1 + config.zoom * _uniform(num, rng)
-    mirror = torch.where(torch.rand(num, generator=rng) < config.flip, -1.0, 1.0)
-    # A side is two units long.
-    shift_x, shift_y = (2 * config.shift * _uniform(num, rng) for _ in range(2))
-    cosine, sine = scale * angle.cos(), scale * angle.sin()
-    rows = [mirror * cosine, -mirror * sine, shift_x, sine, cosine, shift_y]
-    return torch.stack(rows, dim=1).reshape(num, 2, 3)
-
-
-def _uniform(num: int, rng: torch.Generator) -> Tensor:
-    """Uniform in [-1, 1), shape (num,)."""
-    return 2 * torch.rand(num, generator=rng) - 1
-
-
-def _per_image(values: Tensor, images: Tensor) -> Tensor:
-    return values.to(images.device).reshape(-1, *[1] * (images.ndim - 1))
+    ``aspect`` is width over height: both sides are two units long, and a rotation must not shear.
+    """
+    angle = math.radians(config.rotate_degrees) * drawn[0]
+    scale = 1 + config.zoom * drawn[1]
+    mirror = torch.where(drawn[2] < 2 * config.flip - 1, -scale, scale)
+    shift = 2 * config.shift * drawn[3:5]
+    cosine, sine = angle.cos(), angle.sin()
+    rows = [mirror * cosine, mirror * sine / -aspect, shift[0]]
+    rows += [scale * sine * aspect, scale * cosine, shift[1]]
+    return torch.stack(rows, dim=1).reshape(-1, 2, 3)

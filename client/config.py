@@ -7,11 +7,13 @@ its state. Nothing in it leaves the hospital but the name and the declared numbe
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from common.config import Frozen, RelativePath
+from common.config import Frozen, RelativePath, validate
 from common.study import Count, Name
 
 
@@ -76,6 +78,18 @@ class Budget(Frozen):
     unit: Literal["patient", "image"] = "patient"
     epsilon: Annotated[float, Field(gt=0)]
     delta: Annotated[float, Field(gt=0, le=0.01)]
+
+
+def simulated_table(
+    study_path: Path, data: Mapping[str, Any], budget: Mapping[str, Any]
+) -> DataTable:
+    """The tables of ``<study>.site.toml`` as a simulated site reads them.
+
+    Raises:
+      ConfigError: A key is wrong; the message names it and the file.
+    """
+    table = {"data": dict(data), **({"budget": dict(budget)} if budget else {})}
+    return validate(table, DataTable, source=study_path.with_suffix(".site.toml"))
 
 
 class SiteConfig(Frozen):

@@ -6,6 +6,7 @@ set: such a statistic would be a release of its own.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -122,11 +123,18 @@ def count_training_units(data: Data, study: Study, dealt: Deal | None) -> int:
 
 
 def _dealt_cases(data: Data, study: Study, dealt: Deal | None) -> Mapping[Split, Sequence[Case]]:
-    splits = split_cases(read_cases(data, Wanted.by(study)), data)
+    wanted = Wanted.by(study)
     if dealt is None:
-        return splits
-    sites = deal(splits, rule=dealt.rule, num_sites=dealt.num_sites, seed=dealt.seed)
-    return sites[dealt.site_index]
+        return split_cases(read_cases(data, wanted), data)
+    return _all_dealt(data, wanted, dealt.rule, dealt.num_sites, dealt.seed)[dealt.site_index]
+
+
+@functools.lru_cache(maxsize=1)  # the sites of one simulation share the files
+def _all_dealt(
+    data: Data, wanted: Wanted, rule: str, num_sites: int, seed: int
+) -> list[dict[Split, list[Case]]]:
+    splits = split_cases(read_cases(data, wanted), data)
+    return deal(splits, rule=rule, num_sites=num_sites, seed=seed)
 
 
 def split_cases(cases: Sequence[Case], data: Data) -> dict[Split, list[Case]]:
@@ -143,21 +151,30 @@ def split_cases(cases: Sequence[Case], data: Data) -> dict[Split, list[Case]]:
         if test <= place < test + validation:
             drawn = Split.VALIDATION
         splits[case.split or (Split.TRAIN if official else drawn)].append(case)
+    _check_disjoint(splits)
     if not splits[Split.VALIDATION]:
         _take_validation(splits, data.split_seed)
     return splits
 
 
 def _take_validation(splits: dict[Split, list[Case]], seed: int) -> None:
-    """Move a tenth of the training patients, at least one, to validation."""
+    """Move a tenth of the training patients, at least one and never all, to validation."""
     places = {case.patient: _place(case.patient, seed) for case in splits[Split.TRAIN]}
     if len(places) < 2:  # noqa: PLR2004 - one patient cannot be shared out
         return
-    limit = max(VALIDATION_SHARE, min(places.values()) + 1e-12)
-    for case in splits[Split.TRAIN]:
-        if places[case.patient] < limit:
-            splits[Split.VALIDATION].append(case)
-    splits[Split.TRAIN] = [c for c in splits[Split.TRAIN] if places[c.patient] >= limit]
+    ordered = sorted(places, key=places.__getitem__)
+    wanted = sum(place < VALIDATION_SHARE for place in places.values())
+    moved = set(ordered[: min(max(wanted, 1), len(ordered) - 1)])
+    splits[Split.VALIDATION] = [c for c in splits[Split.TRAIN] if c.patient in moved]
+    splits[Split.TRAIN] = [c for c in splits[Split.TRAIN] if c.patient not in moved]
+
+
+def _check_disjoint(splits: Mapping[Split, Sequence[Case]]) -> None:
+    """A patient in two splits would be trained on and tested on."""
+    patients = [{case.patient for case in cases} for cases in splits.values()]
+    shared = sum(map(len, patients)) - len(set().union(*patients))
+    if shared:
+        raise DataError(f"{shared} patient(s) are in two of the data set's own splits; mend them")
 
 
 def _place(patient: str, seed: int) -> float:
@@ -193,6 +210,8 @@ def _loaded(
                 raise
             skipped.append(case.name)
             continue
+        if not np.isfinite(pixels).all():
+            raise DataError(f"{case.name}: some grey values are not finite")
         if pixels.shape[0] == 1 < config.channels:
             pixels = np.repeat(pixels, config.channels, axis=0)
         if pixels.shape[0] != config.channels:
@@ -228,8 +247,8 @@ def prepare(images: NDArray[Any], config: Input) -> Tensor:
       Float32, shape (num_images, channels, *config.size).
 
     Raises:
-      DataError: Floating-point files have no range of their own, so ``intensity = "dtype"`` cannot
-        be applied.
+      DataError: Only 8-bit and 16-bit files have a usual range; for others ``intensity = "dtype"``
+        cannot be applied.
     """
     num_images, channels, height, width = images.shape
     # Images and channels share one axis: MONAI's array transforms then treat a whole stack at once.
@@ -242,9 +261,9 @@ def prepare(images: NDArray[Any], config: Input) -> Tensor:
 def _preparation(config: Input, dtype: np.dtype[Any], size: tuple[int, int]) -> Compose:
     steps: list[Any] = []
     if config.intensity == "dtype":
-        if not np.issubdtype(dtype, np.integer):
+        if dtype not in (np.uint8, np.uint16):
             raise DataError(
-                "files with floating-point grey values have no range; set input.intensity = "
+                f"grey values of type {dtype} have no usual range; set input.intensity = "
                 '"image" in the study'
             )
         steps.append(ScaleIntensityRange(0, np.iinfo(dtype).max, 0.0, 1.0))

@@ -7,11 +7,11 @@ because nothing of the first attempt had left.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from client.config import Budget
 from common.accounting import Event, epsilon_of
@@ -30,7 +30,8 @@ class Ledger:
         self._path = path
         self._data_name = data_name
         self._budget = budget
-        self._lines = self._read()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._events()
 
     def debit(self, run: str, sum_number: int, event: Event) -> None:
         """Charge one sum; on disk when this returns.
@@ -38,13 +39,20 @@ class Ledger:
         Raises:
           BudgetExhausted: It does not fit; nothing is charged, and no data may be opened.
         """
-        known = self._events().get((run, sum_number))
-        if known is not None:
-            if known != event:
+        with self._path.open("ab") as file:
+            # Several processes of one site may hold this ledger: check and charge are one step.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            known = self._events().get((run, sum_number))
+            if known == event:
+                return
+            if known is not None:
                 raise DataError(f"the ledger of {self._data_name} holds another event for this sum")
-            return
-        self.check([event], f"sum {sum_number}")
-        self._append({"run": run, "sum": sum_number, **asdict(event)})
+            self.check([event], f"sum {sum_number}")
+            line = {"run": run, "sum": sum_number, **asdict(event)}
+            os.fchmod(file.fileno(), 0o600)
+            file.write(json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def check(self, planned: list[Event], what: str) -> None:
         """Refuse what the budget does not cover; nothing is charged.
@@ -73,34 +81,25 @@ class Ledger:
         return [event for (name, _), event in self._events().items() if name == run]
 
     def _events(self) -> dict[tuple[str, int], Event]:
-        return {
-            (line["run"], line["sum"]): Event(
-                line["noise_multiplier"], line["sampling_probability"], line["steps"]
-            )
-            for line in self._lines
-        }
-
-    def _append(self, line: dict[str, Any]) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        self._path.chmod(0o600)
-        self._lines.append(line)
-
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        content = self._path.read_bytes()
+        """Every charge by (run, sum number), read from disk: another process may have written."""
+        content = self._path.read_bytes() if self._path.exists() else b""
+        if content and not content.endswith(b"\n"):
+            raise self._damaged()
         try:
-            lines: list[dict[str, Any]] = [json.loads(line) for line in content.splitlines()]
-            whole = not content or content.endswith(b"\n")
-            if whole and all({"run", "sum", "noise_multiplier"} <= set(line) for line in lines):
-                return lines
-        except ValueError:
-            pass
-        raise DataError(
+            return dict(_parse(line) for line in content.splitlines())
+        except (ValueError, KeyError, TypeError):
+            raise self._damaged() from None
+
+    def _damaged(self) -> DataError:
+        return DataError(
             f"ledger {self._path.name} is damaged: what was spent is unknown; restore it from a "
             "backup, or let the data owner close this data set"
         )
+
+
+def _parse(line: bytes) -> tuple[tuple[str, int], Event]:
+    entry = json.loads(line)
+    event = Event(
+        float(entry["noise_multiplier"]), float(entry["sampling_probability"]), int(entry["steps"])
+    )
+    return (str(entry["run"]), int(entry["sum"])), event

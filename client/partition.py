@@ -35,6 +35,12 @@ def deal(splits: Splits, *, rule: str, num_sites: int, seed: int) -> list[dict[S
     Raises:
       ConfigError: No deal leaves each site at least 20 training patients.
     """
+    num_patients = len({case.patient for case in splits[Split.TRAIN]})
+    if rule != "iid" and num_patients < MIN_TRAIN_PATIENTS * num_sites:
+        raise ConfigError(
+            f"partition {rule}: {num_patients} training patients cannot give {num_sites} sites "
+            f"{MIN_TRAIN_PATIENTS} each; use fewer sites or iid"
+        )
     rng = np.random.default_rng([seed, 0x6465616C])  # "deal": a stream of its own
     num_groups = 1 + max((_group(c) for cases in splits.values() for c in cases), default=0)
     for _ in range(MAX_DRAWS):

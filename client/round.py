@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 from client.evaluate import evaluate
 from client.session import Session
 from client.site import Site
@@ -11,7 +9,6 @@ from client.train import train, train_privately
 from common.errors import RemoteProtocolError
 from common.manifest import Manifest, check_manifest, plan_epoch
 from common.messages import Invitation, Message, Present, Purpose, RoundTask, Upload
-from common.models.build import initial_weights
 from common.quantize import only_counts, quantize
 from common.update import LocalUpdate
 
@@ -26,6 +23,8 @@ def answer(message: Message, site: Site) -> Message:
         return join(message, site)
     if not isinstance(message, RoundTask):
         raise RemoteProtocolError(f"a site does not take {type(message).__name__}")
+    if not 0 <= message.round_number <= site.study.num_rounds:
+        raise RemoteProtocolError(f"round {message.round_number} is not one of the study's")
     session = Session.current(site.journal)
     if answered := session.accept(message):
         return answered
@@ -37,12 +36,11 @@ def answer(message: Message, site: Site) -> Message:
 def join(invitation: Invitation, site: Site) -> Present:
     """Check the manifest against this site's own study and open a session."""
     manifest = Manifest.parse(invitation.manifest)
-    first_model = hashlib.sha256(initial_weights(site.study).tobytes()).hexdigest()
     expected = plan_epoch(
         site.study,
         site.network.schema,
         site.task,
-        first_model=first_model,
+        first_model=site.first_model,
         epoch=manifest.epoch,
         nonce=manifest.nonce,
     )
@@ -72,7 +70,7 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
 
 def local_update(task: RoundTask, site: Site) -> LocalUpdate:
     """Train as the approved study says, privately or not; the message has no say in it."""
-    progress = (task.round_number - 1) / site.study.num_rounds
+    progress = max(0, task.round_number - 1) / site.study.num_rounds
     if site.plan is None:
         return train(
             task.model,

@@ -8,6 +8,7 @@ from client.journal import Journal
 from common.errors import LocalProtocolError, RemoteProtocolError
 from common.manifest import Manifest
 from common.messages import RoundTask, Upload
+from common.quantize import EXPONENT_RANGE
 from common.secagg.masking import mask, pack
 from common.update import QuantizedUpdate
 
@@ -23,7 +24,7 @@ class Session:
         self.manifest = manifest
         self.run = manifest.digest()
         self._journal = journal
-        self._accepted: RoundTask | None = None
+        self._accepted: tuple[RoundTask, str] | None = None
 
     @classmethod
     def current(cls, journal: Journal) -> Session:
@@ -56,7 +57,8 @@ class Session:
         manifest, last = self.manifest, self._journal.last_sum()
         if task.run != self.run:
             raise RemoteProtocolError("a task of another run arrived; invite this site first")
-        if answered := self._journal.stored(self.run, task.sum_number, digest_of(task)):
+        digest = digest_of(task)
+        if answered := self._journal.stored(self.run, task.sum_number, digest):
             return answered
         if not last < task.sum_number < manifest.num_sums:
             raise RemoteProtocolError(
@@ -70,7 +72,9 @@ class Session:
             raise RemoteProtocolError(
                 f"{len(task.exponents)} exponents, the manifest has {len(manifest.exponents)}"
             )
-        self._accepted = task
+        if not all(EXPONENT_RANGE[0] <= e <= EXPONENT_RANGE[1] for e in task.exponents):
+            raise RemoteProtocolError(f"an exponent is outside {EXPONENT_RANGE}")
+        self._accepted = (task, digest)
         return None
 
     def mask(self, update: QuantizedUpdate, statement: str = "") -> Upload:
@@ -79,14 +83,15 @@ class Session:
         Raises:
           LocalProtocolError: No task was accepted, or it was already answered.
         """
-        task, self._accepted = self._accepted, None
-        if task is None:
+        accepted, self._accepted = self._accepted, None
+        if accepted is None:
             raise LocalProtocolError("there is no accepted task to answer")
+        task, digest = accepted
         bits = self.manifest.ring_bits
         masked = mask(update, bits=bits)
         body = pack(masked.values, bits=bits)
         upload = Upload(self.run, task.sum_number, body, masked.tail, statement)
-        self._journal.record(upload, digest_of(task))
+        self._journal.record(upload, digest)
         return upload
 
 

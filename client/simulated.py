@@ -5,10 +5,9 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from client.config import DataTable
+from client.config import simulated_table
 from client.dataset import Deal, count_training_units, load_site_data
 from client.site import Site, open_site, pick_device
-from common.config import validate
 from common.simulation import Simulation
 from common.study import Study
 
@@ -28,9 +27,7 @@ def simulated_site(
     table = dict(simulation.data)
     if simulation.generates_data:
         table["site_index"] = index
-    source = Path(f"{study.name}.site.toml")
-    given = {"data": table, **({"budget": simulation.budget} if simulation.budget else {})}
-    config = validate(given, DataTable, source=source)
+    config = simulated_table(Path(study.name), table, simulation.budget)
     data, dealt = config.data, None
     if not simulation.generates_data:
         dealt = Deal(simulation.partition, simulation.num_sites, index, study.seed)

@@ -17,7 +17,7 @@ from client.journal import Journal
 from client.ledger import Ledger
 from client.noise import Keystream
 from common.errors import ConfigError
-from common.models.build import build_network
+from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan, plan_privacy
 from common.statement import Statement
@@ -33,6 +33,7 @@ class Site:
     study: Study
     weight: int  # declared patients: public, and not the true count
     network: FlatNetwork
+    first_model: str  # SHA-256 of the weights every run of this study starts from
     task: Task
     journal: Journal
     ledger: Ledger
@@ -111,11 +112,13 @@ def open_site(
     if weight > cap:
         raise ConfigError(f"{name} declares {weight} patients, aggregation.weight_cap is {cap}")
     torch.set_num_threads(study.torch_threads)
+    network = build_network(study, device)
     site = Site(
         name=name,
         study=study,
         weight=weight,
-        network=build_network(study, device),
+        network=network,
+        first_model=digest_of_weights(network.vector()),
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
         ledger=Ledger(state_dir / "ledgers" / f"{data_name}.jsonl", data_name, budget),

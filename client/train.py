@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from common.plan import PrivacyPlan
 from common.study import Augmentation, Training
 from common.tasks import Task
 from common.update import LocalUpdate
+
+Batch = tuple[Tensor, Tensor]  # pixels (batch, channels, ...), targets (batch, ...)
 
 
 def train(
@@ -51,7 +54,7 @@ def train(
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
     optimizer = _optimizer(network, training, progress)
     loss_of = task.local_loss(images.targets)
-    for pixels, targets in batches(images, training, rng):
+    for pixels, targets in _ahead(batches(images, training, rng)):
         network.gradients.zero_()
         loss = loss_of(network(pixels), targets)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -68,15 +71,13 @@ def _optimizer(network: FlatNetwork, training: Training, progress: float) -> tor
     decay = training.weight_decay
     if training.optimizer == "sgd":
         return torch.optim.SGD(
-            [network.values], lr=rate, momentum=training.momentum, weight_decay=decay
+            [network.values], lr=rate, momentum=training.momentum, weight_decay=decay, fused=True
         )
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
-    return kind([network.values], lr=rate, weight_decay=decay)
+    return kind([network.values], lr=rate, weight_decay=decay, fused=True)
 
 
-def batches(
-    images: Images, training: Training, rng: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(images: Images, training: Training, rng: torch.Generator) -> Iterator[Batch]:
     """Shuffled batches: whole epochs, or as many steps as the study says."""
     num_per_epoch = math.ceil(len(images) / training.batch_size)
     num_steps = training.local_steps or num_per_epoch * (training.local_epochs or 1)
@@ -88,6 +89,15 @@ def batches(
         chosen = order.pop(0)
         pixels = augment(images.pixels[chosen], training.augmentation, rng)
         yield pixels, images.targets[chosen]
+
+
+def _ahead(made: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches in the same order, each made while the one before is trained on."""
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        coming = worker.submit(next, made, None)
+        while (batch := coming.result()) is not None:
+            coming = worker.submit(next, made, None)
+            yield batch
 
 
 def train_privately(

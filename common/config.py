@@ -10,7 +10,7 @@ import copy
 import difflib
 import json
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -34,7 +34,10 @@ Model = TypeVar("Model", bound=Frozen)
 
 def _from_file(value: Path, info: ValidationInfo) -> Path:
     base = (info.context or {}).get("base")
-    return (Path(base) / value.expanduser()).resolve() if base else value
+    try:
+        return (Path(base) / value.expanduser()).resolve() if base else value
+    except RuntimeError as error:
+        raise ValueError(str(error)) from None
 
 
 RelativePath = Annotated[Path, AfterValidator(_from_file)]
@@ -70,7 +73,7 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error.strerror or error}; check the path") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from None
 
 
@@ -84,9 +87,10 @@ def validate(table: Mapping[str, Any], kind: type[Model], *, source: Path) -> Mo
         except ValidationError as error:
             # What was taken out is missing now: only the first reading tells what really is.
             again = bool(found)
-            new = dict(_problems(error, rest, kind, skip_missing=again))
+            new = _joined(_problems(error, rest, kind, skip_missing=again))
+            new = {key: text for key, text in new.items() if not _about(key, found)}
         else:
-            new = dict(_conflicts(model))
+            new = _joined(_conflicts(model))
             if not found and not new:
                 return model
         # What is wrong is taken out and the rest read again: a wrong type in one key must not hide
@@ -97,11 +101,29 @@ def validate(table: Mapping[str, Any], kind: type[Model], *, source: Path) -> Mo
             raise ConfigError(_sentence(source, found))
 
 
+def _joined(problems: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Sentences by key; two about one key stand behind each other."""
+    joined: dict[str, str] = {}
+    for key, text in problems:
+        joined[key] = f"{joined[key]}; {text}" if key in joined else text
+    return joined
+
+
+def _about(key: str, found: Iterable[str]) -> bool:
+    """Whether a key was complained about, or is the section of one that was."""
+    return any(known == key or known.startswith(f"{key}.") for known in found)
+
+
 def _build(table: Mapping[str, Any], kind: type[Model], source: Path) -> Model:
     # Through JSON: pydantic's strict mode then takes lists for tuples and text for paths.
     return kind.model_validate_json(
-        json.dumps(table, default=str), context={"base": source.absolute().parent}
+        json.dumps(table, default=_no_text), context={"base": source.absolute().parent}
     )
+
+
+def _no_text(value: object) -> dict[str, str]:
+    """TOML dates have no JSON form; a table fits no key that wants text or a number."""
+    return {"unexpected": type(value).__name__}
 
 
 def _remove(table: dict[str, Any], dotted: str) -> bool:
@@ -185,7 +207,7 @@ def _keys(location: Sequence[str | int], table: Mapping[str, Any]) -> list[str]:
 
 
 def _suggestion(key: str, kind: type[Frozen]) -> str:
-    close = difflib.get_close_matches(key, _all_keys(kind), n=1, cutoff=0.75)
+    close = difflib.get_close_matches(key, _all_keys(kind) - {key}, n=1, cutoff=0.75)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

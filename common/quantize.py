@@ -22,6 +22,7 @@ from common.update import LocalUpdate, QuantizedUpdate
 
 FIXED_POINT = 2.0**32  # steps per unit of a tail entry that is not an integer
 MARGIN = 16.0  # room between what the last sum suggests and the largest entry that is not clipped
+FINER = 4  # bits
 EXPONENT_RANGE = (-120, 60)
 _BLOCK = 1 << 16  # entries per pass: float64 scratch stays in the cache
 
@@ -79,7 +80,8 @@ def quantize(
         for low in range(start, start + size, _BLOCK):
             high = min(low + _BLOCK, start + size)
             block = scratch[: high - low]
-            np.multiply(update.values[low:high], factor, out=block)
+            # Named, because NumPy would multiply float32 by a Python float in float32.
+            np.multiply(update.values[low:high], factor, out=block, dtype=np.float64)
             np.rint(block, out=block)
             if block.max() > bound or block.min() < -bound:
                 clipped[tensor] += np.count_nonzero(np.abs(block) > bound)
@@ -144,7 +146,8 @@ def next_exponents(
 ) -> tuple[int, ...]:
     """Steps for the next sum, from this one.
 
-    Room for ``MARGIN`` times the average summand; four times more wherever an entry was clipped.
+    Room for ``MARGIN`` times the average summand; four times more wherever an entry was clipped;
+    16 times finer where everything was rounded to zero.
     """
     result = []
     start = 0
@@ -157,7 +160,8 @@ def next_exponents(
         elif largest:
             result.append(_exponent(MARGIN * largest * 2.0**exponent / num_summands, ring))
         else:
-            result.append(exponent)
+            # Nothing reached half a step: unless the steps become finer, nothing ever will.
+            result.append(max(exponent - FINER, EXPONENT_RANGE[0]))
     return tuple(result)
 
 

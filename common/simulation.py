@@ -6,6 +6,7 @@ from its folder alone.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -35,7 +36,7 @@ class Simulation(Frozen):
     @classmethod
     def _check_partition(cls, rule: str) -> str:
         found = PARTITION.fullmatch(rule)
-        if not found or (found.group(1) and float(found.group(1)) <= 0):
+        if not found or (found.group(1) and not 0 < float(found.group(1)) < math.inf):
             raise ValueError("Input should be iid or dirichlet:A with A above 0")
         return rule
 
@@ -122,7 +123,7 @@ def _site_tables(study_path: Path, data_root: str) -> tuple[dict[str, Any], dict
             raise ConfigError("--data: phantoms are generated; leave it out")
         table["root"] = str(Path(data_root).expanduser().resolve())
     elif "root" in table:
-        table["root"] = str((path.parent / table["root"]).resolve())
+        table["root"] = str((path.parent / Path(str(table["root"])).expanduser()).resolve())
     return table, content.get("budget", {})
 
 

@@ -5,7 +5,6 @@ Start reading at ``run``.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 from common.errors import RemoteProtocolError, RoundAborted
 from common.manifest import Manifest, plan_epoch
 from common.messages import Invitation, Present, Purpose, RoundTask
-from common.models.build import build_network
+from common.models.build import build_network, digest_of_weights
 from common.models.flat import Schema
 from common.study import Study
 from common.tasks import Figures, Task, task_of
@@ -121,7 +120,7 @@ def agree(this: Coordinator) -> Manifest:
         this.study,
         this.schema,
         this.task,
-        first_model=hashlib.sha256(this.first_model.tobytes()).hexdigest(),
+        first_model=digest_of_weights(this.first_model),
         epoch=1,
         nonce=secrets.token_hex(16),
     )

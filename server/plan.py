@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from common.models.build import build_network
-from common.study import Study
+from common.plan import plan_privacy
+from common.study import NoPrivacy, Study
 from common.tasks import task_of
+
+SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients
 
 
 def plan_lines(study: Study) -> Iterator[str]:
@@ -19,6 +22,7 @@ def plan_lines(study: Study) -> Iterator[str]:
     yield f"study {study.name}"
     yield f"digest {study.digest()}"
     yield f"privacy: {privacy_sentence(study)}"
+    yield from privacy_table(study)
     yield f"task: {study.task.labels} {study.task.kind} of {', '.join(study.task.classes)}"
     num_params, num_tensors = schema.num_params, len(schema.names)
     yield f"model: {study.model.name}, {num_params} parameters in {num_tensors} tensors"
@@ -44,5 +48,28 @@ def plan_lines(study: Study) -> Iterator[str]:
 
 def privacy_sentence(study: Study) -> str:
     """The first thing anybody must know about a study."""
-    del study
-    return "no differential privacy: the model and every sum may reveal training images"
+    terms = study.privacy
+    if isinstance(terms, NoPrivacy):
+        return "no differential privacy: the model and every sum may reveal training images"
+    seeded = "SEEDED RANDOMNESS, protects nobody; " if terms.randomness == "seeded" else ""
+    asked = f"epsilon {terms.epsilon:g}" if terms.epsilon else f"noise {terms.noise_multiplier:g}"
+    return f"{seeded}{asked} at delta {terms.delta:g} for one {terms.unit}'s whole record at a site"
+
+
+def privacy_table(study: Study) -> Iterator[str]:
+    """What the study costs sites of several sizes, round by round."""
+    for declared in SITE_SIZES:
+        plan = plan_privacy(study, declared)
+        if plan is None:
+            return
+        event = plan.event
+        yield (
+            f"a site of {declared:>6} {plan.terms.unit}s: noise multiplier "
+            f"{event.noise_multiplier:.3f}, sampling probability {event.sampling_probability:.4f}, "
+            f"{event.steps} steps a round"
+        )
+        rounds = sorted(
+            {1, *range(0, plan.num_rounds, max(1, plan.num_rounds // 5)), plan.num_rounds}
+        )
+        spent = (f"{k}: {plan.epsilon_after(k):.3f}" for k in rounds if k)
+        yield f"  epsilon after round {', '.join(spent)}"

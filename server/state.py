@@ -112,7 +112,7 @@ def test_task(
 
 def finished(state: State, study: Study) -> bool:
     """Whether no further training round is due."""
-    if state.round_number >= study.num_rounds:
+    if state.round_number >= study.num_rounds or state.is_scored:
         return True
     stopping = study.training.early_stopping
     if stopping is None or len(state.validation) < 2:  # noqa: PLR2004

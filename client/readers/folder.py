@@ -26,12 +26,15 @@ def read_folder(data: FolderData, wanted: Wanted) -> list[Case]:
     """Cases of every image file below the class folders.
 
     Raises:
-      DataError: The folder or a class is missing, there is an unknown class, or a file's name does
-        not give a patient.
+      DataError: The folder is missing, there is a folder that is no class and no split, or a file's
+        name does not give a patient. A site may have no image of a class.
     """
     if not data.root.is_dir():
         raise DataError(f"{data.root}: not a folder; set data.root")
     splits: list[Split | None] = [split for split in Split if (data.root / split).is_dir()]
+    beside = {entry.name for entry in data.root.iterdir() if entry.is_dir()} - set(Split)
+    if splits and beside:
+        raise DataError(f"{data.root}: folder {min(beside)!r} is none of {', '.join(Split)}")
     cases: list[Case] = []
     for split in splits or [None]:
         cases += _read_split(data, wanted, split)
@@ -82,11 +85,9 @@ def read_image(path: Path, channels: int) -> NDArray[Any]:
     try:
         with Image.open(path) as image:
             image.load()
-            if channels == 1 and image.mode in WIDE_MODES:
-                # Pillow opens 16-bit PNGs as 32-bit integers: their range is still that of uint16.
-                wide = np.asarray(image)
-                return (wide.astype(np.uint16) if wide.dtype == np.int32 else wide)[None]
+            if image.mode in WIDE_MODES:
+                return np.asarray(image)[None]  # converting would clip to 8 bits
             pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path.name}: not a readable image ({error})") from None
     return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)

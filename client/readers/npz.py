@@ -21,6 +21,11 @@ from client.config import NpzData
 from client.readers.case import Case, Split, Wanted
 from common.errors import DataError
 
+UNREADABLE = (
+    *(OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+
 
 def read_npz(data: NpzData, wanted: Wanted) -> list[Case]:
     """Cases of ``{train,val,test}_images`` with ``_labels`` and, where declared, ``_patients``.
@@ -42,9 +47,9 @@ def open_npz(root: Path) -> Iterator[tuple[Path, NpzFile]]:
     """
     path = _file(root)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             yield path, arrays
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise DataError(f"{path.name}: not a readable npz file ({error})") from None
 
 
@@ -90,15 +95,18 @@ def _with_channels_first(path: Path, images: NDArray[Any], channels: int) -> NDA
 
 def _labels(path: Path, arrays: Any, split: Split, wanted: Wanted, num: int) -> NDArray[np.int64]:
     key = f"{split}_labels"
-    if key not in arrays or len(arrays[key]) != num:
+    if key not in arrays or arrays[key].shape[:1] != (num,):
         raise DataError(f"{path.name}: {key} is missing or not as long as {split}_images")
-    labels: NDArray[np.int64] = arrays[key].astype(np.int64)
+    given = arrays[key]
+    if not np.isfinite(given).all() or (given != np.trunc(given)).any():
+        raise DataError(f"{path.name}: {key} must hold whole numbers")
+    labels: NDArray[np.int64] = given.astype(np.int64)
     num_classes = len(wanted.classes)
     if wanted.labels == "multilabel":
         if labels.shape != (num, num_classes) or not np.isin(labels, (0, 1)).all():
             raise DataError(f"{path.name}: {key} must hold {num_classes} columns of 0 and 1")
         return labels
-    labels = labels.reshape(num, -1)
+    labels = labels.reshape(num, -1 if num else 1)
     if labels.shape[1] != 1 or labels.min(initial=0) < 0 or labels.max(initial=0) >= num_classes:
         raise DataError(f"{path.name}: {key} must hold one class index below {num_classes} each")
     return labels[:, 0]

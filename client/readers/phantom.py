@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from client.config import PhantomData
 from client.readers.case import Case, Wanted, class_target
 from common.errors import DataError
-from common.phantom import Phantom, draw_patient, scanner_of_site
+from common.phantom import MIN_SIZE, Phantom, draw_patient, scanner_of_site
 
 
 def read_phantoms(data: PhantomData, wanted: Wanted) -> list[Case]:
@@ -22,8 +22,10 @@ def read_phantoms(data: PhantomData, wanted: Wanted) -> list[Case]:
     """
     if wanted.labels != "binary" or wanted.channels != 1:
         raise DataError("phantoms are grey images of two classes: without and with a lesion")
-    if len(set(wanted.size)) != 1:
-        raise DataError(f"phantoms are square; input.size is {list(wanted.size)}")
+    if len(set(wanted.size)) != 1 or wanted.size[0] < MIN_SIZE:
+        raise DataError(
+            f"phantoms are square, {MIN_SIZE} pixels or more; input.size is {list(wanted.size)}"
+        )
     return [case for index in range(data.num_patients) for case in _cases(data, wanted, index)]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,9 +34,9 @@ def build_network(study: Study, device: torch.device | str = "cpu") -> FlatNetwo
     return FlatNetwork(module, torch.device(device))
 
 
-def initial_weights(study: Study) -> NDArray[np.float32]:
-    """The vector every run of this study starts from, shape (num_params,)."""
-    return build_network(study).vector()
+def digest_of_weights(weights: NDArray[np.float32]) -> str:
+    """SHA-256 of a weight vector; 64 hex digits."""
+    return hashlib.sha256(weights.data).hexdigest()
 
 
 def _module(study: Study) -> nn.Module:

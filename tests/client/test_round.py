@@ -29,7 +29,7 @@ from common.messages import (
     RoundTask,
     Upload,
 )
-from common.models.build import initial_weights
+from common.models.build import build_network
 from common.quantize import dequantize
 from common.secagg.masking import unmask, unpack
 from common.study import Study
@@ -41,7 +41,7 @@ StudyFactory = Callable[..., Study]
 
 def invitation(site: Site, **changes: Any) -> Invitation:
     """What the coordinator of this study sends; ``changes`` are another study's values."""
-    digest = hashlib.sha256(initial_weights(site.study).tobytes()).hexdigest()
+    digest = hashlib.sha256(build_network(site.study).vector().tobytes()).hexdigest()
     manifest = plan_epoch(
         site.study, site.network.schema, site.task, first_model=digest, epoch=1, nonce=NONCE
     )
@@ -61,7 +61,7 @@ def task(site: Site, manifest: Manifest, sum_number: int = 0, **changes: Any) ->
         round_number=1,
         purpose=Purpose.TRAIN,
         exponents=manifest.exponents,
-        model=initial_weights(site.study),
+        model=build_network(site.study).vector(),
     )
     return replace(asked, **changes)
 
@@ -139,7 +139,7 @@ def test_a_score_touches_one_split_and_sends_no_weights(
 ) -> None:
     site = make_site()
     manifest = join(site)
-    asked = task(site, manifest, purpose=purpose, model=initial_weights(site.study) + 0.1)
+    asked = task(site, manifest, purpose=purpose, model=build_network(site.study).vector() + 0.1)
     upload = uploaded(asked, site)
     images = getattr(site.data, split)
     counts = evaluate(asked.model, images, network=site.network, task=site.task)
@@ -274,7 +274,7 @@ def test_a_kind_of_message_that_a_site_does_not_take_is_refused(
 def test_a_model_that_is_not_finite_is_never_trained_into_an_upload(make_site: SiteFactory) -> None:
     site = make_site()
     manifest = join(site)
-    broken = initial_weights(site.study) * np.float32(np.nan)
+    broken = build_network(site.study).vector() * np.float32(np.nan)
     with pytest.raises(DataError, match="not finite"):
         answer(task(site, manifest, model=broken), site)
     assert uploaded(task(site, manifest), site).body.size  # the number was not spent

@@ -232,20 +232,27 @@ def test_a_new_epoch_has_its_own_sums_and_forgets_the_old_ones(
     assert current.manifest == other
 
 
-def test_the_journal_is_for_this_user_alone_and_keeps_one_answer(
+def test_the_journal_is_for_this_user_alone(
     session: Session, path: Path, open_journal: Callable[[], Journal]
 ) -> None:
-    marker = b"\x17\x23\x42" * NUM_PARAMS
-    values = np.full(NUM_PARAMS, 0x422317, np.int32)
-    answer(session, task(0), QuantizedUpdate(values, UPDATE.tail))
-    assert marker in path.read_bytes()
-    answer(session, task(1))
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert marker not in path.read_bytes()  # an old update is overwritten, not only unlinked
-    journal = open_journal()
+    answer(session, task())
+    open_journal()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert journal.last_sum() == 1
-    assert {entry.name for entry in path.parent.iterdir()} == {path.name}
+    kept = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in path.parent.iterdir()}
+    assert kept == {path.name: 0o600, "answer-0.bin": 0o600}
+
+
+def test_the_journal_keeps_one_answer_and_overwrites_the_one_before(
+    session: Session, path: Path, open_journal: Callable[[], Journal]
+) -> None:
+    large = QuantizedUpdate(np.full(9_000, 0x422317, np.int32), UPDATE.tail)
+    answer(session, task(0), large)
+    first = path.parent / "answer-0.bin"
+    assert b"\x17\x23\x42" in first.read_bytes()
+    answer(session, task(1, purpose=Purpose.TEST), replace(UPDATE, values=np.empty(0, np.int32)))
+    assert not first.exists()
+    assert open_journal().last_sum() == 1
 
 
 def test_an_update_is_on_disk_before_it_is_returned(

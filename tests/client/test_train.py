@@ -98,7 +98,7 @@ def test_training_depends_on_model_images_and_stream_alone(
 
 
 def test_what_was_trained_or_scored_before_leaves_no_trace(trainer: Callable[..., Trainer]) -> None:
-    one = trainer(optimizer="adam")
+    one = trainer(optimizer="adam", model={"name": "cnn", "width": 4, "dropout": 0.5})
     first = one.train(images())
     one.network.gradients.fill_(9)
     one.network.values.fill_(9)

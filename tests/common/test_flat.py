@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from common.models.build import build_network, initial_weights
+from common.models.build import build_network
 from common.models.flat import FlatNetwork, Schema
 from common.models.normalise import batch_to_group_norm
 from common.study import Study
@@ -205,12 +205,12 @@ def test_the_seed_alone_decides_the_weights_and_the_global_generators_stay(
     study = study_with(model)
     torch.manual_seed(99)
     torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    one = initial_weights(study)
+    one = build_network(study).vector()
     assert torch.equal(torch.get_rng_state(), torch_before)
     assert np.array_equal(np.random.get_state()[1], numpy_before)  # noqa: NPY002
     torch.manual_seed(100)
-    assert np.array_equal(one, initial_weights(study))
-    assert not np.array_equal(one, initial_weights(study_with(model, seed=study.seed + 1)))
+    assert np.array_equal(one, build_network(study).vector())
+    assert not np.array_equal(one, build_network(study_with(model, seed=study.seed + 1)).vector())
     assert np.isfinite(one).all()
     assert one.dtype == np.float32
 
