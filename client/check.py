@@ -12,6 +12,7 @@ from client.config import Data, FolderData, NpzData, SiteConfig
 from client.dataset import split_cases
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Split
+from client.readers.folder import AS_STORED
 from common.errors import ConfigError, DataError
 from common.study import Study
 
@@ -94,7 +95,7 @@ def _support(cases: list[Case], wanted: Wanted) -> str:
 def _seen(data: Data) -> Wanted:
     """What the files themselves hold, where no study says what to expect."""
     if isinstance(data, FolderData):
-        return Wanted("multiclass", _class_folders(data.root), channels=3, size=())
+        return Wanted("multiclass", _class_folders(data.root), channels=AS_STORED, size=())
     if isinstance(data, NpzData):
         return _seen_npz(data)
     return Wanted("binary", PHANTOM_CLASSES, channels=1, size=(64, 64))

@@ -112,30 +112,32 @@ def open_site(
     if weight > cap:
         raise ConfigError(f"{name} declares {weight} patients, aggregation.weight_cap is {cap}")
     torch.set_num_threads(study.torch_threads)
-    network = build_network(study, device)
+    network, plan = build_network(study, device), plan_privacy(study, weight)
     site = Site(
         name=name,
         study=study,
-        weight=weight,
+        # The true count would tell whether one patient is there: the rounded constant is public.
+        weight=plan.num_public if plan else weight,
         network=network,
         first_model=digest_of_weights(network.vector()),
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
         ledger=Ledger(state_dir / "ledgers" / f"{data_name}.jsonl", data_name, budget),
-        plan=plan_privacy(study, weight),
+        plan=plan,
         load=load,
     )
-    if site.plan is not None:
-        check_private_training(site, site.plan)
+    if plan is not None:
+        check_private_training(site, plan, budget)
     return site
 
 
-def check_private_training(site: Site, plan: PrivacyPlan) -> None:
+def check_private_training(site: Site, plan: PrivacyPlan, budget: Budget | None) -> None:
     """Refuse before any data is opened: layers, the clipping engine, the budget."""
+    if budget is not None and (budget.unit, plan.terms.unit) == ("patient", "image"):
+        raise ConfigError("the budget protects patients, the study only images; see budget.unit")
     check_layers(site.network.module)
     shape = (site.study.input.channels, *site.study.input.size)
     targets = site.task.made_up_targets(3).to(site.network.values.device)
     check_engine(site.network, shape, site.task.local_loss(None), targets)
-    fresh = site.journal.manifest() is None
-    if fresh:
+    if site.journal.manifest() is None:  # a run that goes on is checked sum by sum
         site.ledger.check([plan.event] * plan.num_rounds, f"study {site.study.name}")

@@ -5,7 +5,7 @@ weight, rounds to the nearest step and clips to what ``num_members`` sites can a
 The mean follows from the sum and the summed weights alone. Everything is float64 and IEEE rint:
 the same bits on every machine of a kind, in any order of arrival.
 
-Source: MaskedSum v1, section 8 (docs/secure-aggregation.md).
+docs/life-of-a-round.md tells how a round uses it.
 """
 
 from __future__ import annotations

@@ -104,8 +104,9 @@ def main(grid: Grid, context: Context) -> None:
     resume = bool(context.run_config["resume"])
     record = RunDir.open(folder, study, simulation, resume=resume)
     network = _introduce(grid, nodes, study.site_names, study.deadlines.answer_s)
-    observer = ConsoleObserver()
-    print_summary(run(study, network, record, observer), folder)
+    with ConsoleObserver() as observer:
+        summary = run(study, network, record, observer)
+    print_summary(summary, folder)
 
 
 def _settled_nodes(grid: Grid) -> list[int]:

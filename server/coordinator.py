@@ -91,7 +91,10 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
         return done
     this = Coordinator(study, network, run_dir, observer)
     manifest = agree(this)
-    state = run_dir.latest() or initial_state(study, manifest, this.first_model)
+    state = run_dir.latest(this.schema)
+    if state is None:
+        state = initial_state(study, manifest, this.first_model)
+        run_dir.save_model(0, state.model, this.schema)
     observer.started(study, state.round_number, manifest.members)
     while not finished(state, study):
         started = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,6 +21,16 @@ class ConsoleObserver:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._num_rounds = 0
+
+    def __enter__(self) -> Self:
+        """Watch one run."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the terminal in order, also when the run stopped early or failed."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
 
     def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
         """Announce the run; on a terminal, open the bar."""
@@ -58,8 +68,6 @@ class ConsoleObserver:
         )
         if self._progress is not None:
             self._update(completed=line["round"])
-            if line["round"] == self._num_rounds:
-                self.close()
 
     def voided(self, void: Void) -> None:
         """Say that nothing was learned, and why."""
@@ -68,12 +76,6 @@ class ConsoleObserver:
             f"sum {void.task.sum_number} is void: {len(void.survivors)} uploads"
             + (f" ({refusals})" if refusals else "")
         )
-
-    def close(self) -> None:
-        """Leave the terminal in order."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
 
     def _update(self, **changes: Any) -> None:
         if self._progress is not None:

@@ -6,6 +6,8 @@ a run folder of that name is given as ``./verify``.
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from common.cli import start
+from common.errors import ConfigError
 
 DEFAULT = "write"
 
@@ -57,6 +60,31 @@ def verify(run_dir: RunFolder) -> None:
     from server.report import verify as verify_run
 
     typer.echo(f"verified: {verify_run(run_dir)} files, figures recomputed")
+
+
+@app.command()
+def epsilon(
+    noise_multiplier: Annotated[float, typer.Option(min=0, help="Noise / clip norm.")],
+    sampling_probability: Annotated[float, typer.Option(min=0, max=1, help="Per step.")],
+    steps: Annotated[int, typer.Option(min=0, help="Steps in all.")],
+    delta: Annotated[float, typer.Option(min=0, max=1, help="Chance of failure.")],
+) -> None:
+    """Print the epsilon of a Poisson-sampled Gaussian mechanism as one line of JSON."""
+    if not 0 < delta < 1:
+        raise ConfigError(f"--delta {delta:g}: expected a number between 0 and 1")
+    from common.accounting import Event, epsilon_of
+
+    event = Event(noise_multiplier, sampling_probability, steps)
+    value = epsilon_of([event], delta) if sampling_probability else 0.0
+    line = {
+        "epsilon": value if math.isfinite(value) else None,
+        "delta": delta,
+        "noise_multiplier": noise_multiplier,
+        "sampling_probability": sampling_probability,
+        "steps": steps,
+        "accountant": "prv",
+    }
+    typer.echo(json.dumps(line))
 
 
 def main() -> None:

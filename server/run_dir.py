@@ -106,35 +106,37 @@ class RunDir:
 
     def save(self, state: State, schema: Schema, line: Mapping[str, Any]) -> None:
         """Record a finished round; after this returns, the round cannot be lost."""
-        model = schema.split(state.model)
-        self._write(_model_name(state.round_number), save(model))
+        self.save_model(state.round_number, state.model, schema)
         self._append_line(state.round_number, line)
         self.save_state(state)
 
+    def save_model(self, round_number: int, model: NDArray[np.float32], schema: Schema) -> None:
+        """Keep the global model after a round; round 0 is the initial one."""
+        self._write(_model_name(round_number), save(schema.split(model)))
+
     def save_state(self, state: State) -> None:
-        """Move the point that a resumed run continues from."""
+        """Move the point that a resumed run continues from; its model is already on disk."""
         about = {
             "round_number": state.round_number,
             "sum_number": state.sum_number,
             "exponents": state.exponents,
             "validation": state.validation,
         }
-        arrays = {"model": state.model, **{f"optimizer.{k}": v for k, v in state.optimizer.items()}}
-        self._write(STATE, save(arrays, metadata={"state": json.dumps(about)}))
+        self._write(STATE, save(state.optimizer, metadata={"state": json.dumps(about)}))
 
-    def latest(self) -> State | None:
+    def latest(self, schema: Schema) -> State | None:
         """Where the run stands, or None before its first round is saved."""
         path = self.path / STATE
         if not path.exists():
             return None
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["state"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            optimizer = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return State(
             round_number=about["round_number"],
             sum_number=about["sum_number"],
-            model=arrays.pop("model"),
-            optimizer={name.removeprefix("optimizer."): array for name, array in arrays.items()},
+            model=self.model(about["round_number"], schema),
+            optimizer=optimizer,
             exponents=tuple(about["exponents"]),
             validation=tuple(about["validation"]),
         )

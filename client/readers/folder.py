@@ -18,6 +18,7 @@ from client.config import FolderData
 from client.readers.case import Case, Split, Wanted, class_target
 from common.errors import DataError
 
+AS_STORED = 0  # channels as the file has them
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff"}
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # grey with more than 8 bits
 
@@ -79,6 +80,8 @@ def _patient(path: Path, data: FolderData) -> str:
 def read_image(path: Path, channels: int) -> NDArray[Any]:
     """Pixels of one file, shape (channels, height, width), in the file's number type.
 
+    ``channels`` is 1 (grey), 3 (colour) or ``AS_STORED``. Grey with more than 8 bits stays grey.
+
     Raises:
       DataError: The file cannot be read as an image.
     """
@@ -87,7 +90,8 @@ def read_image(path: Path, channels: int) -> NDArray[Any]:
             image.load()
             if image.mode in WIDE_MODES:
                 return np.asarray(image)[None]  # converting would clip to 8 bits
-            pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+            grey = channels == 1 or (channels == AS_STORED and image.mode in ("1", "L", "LA"))
+            pixels = np.asarray(image.convert("L" if grey else "RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path.name}: not a readable image ({error})") from None
-    return pixels[None] if channels == 1 else np.moveaxis(pixels, -1, 0)
+    return pixels[None] if grey else np.moveaxis(pixels, -1, 0)

@@ -83,7 +83,10 @@ class FlatNetwork:
 
     def load(self, vector: NDArray[np.float32]) -> None:
         """Set every travelling parameter from a vector of shape (num_params,)."""
-        self.values.copy_(torch.tensor(vector))
+        if self.values.device.type == "cpu":
+            np.copyto(self.values.numpy(), vector)
+        else:
+            self.values.copy_(torch.tensor(vector))
 
     def vector(self) -> NDArray[np.float32]:
         """A copy of every travelling parameter, shape (num_params,)."""

@@ -1,0 +1,77 @@
+"""What a data set has cost: never less than what could have been released."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from client.config import Budget
+from client.ledger import Ledger
+from common.accounting import Event, epsilon_of
+from common.errors import BudgetExhausted, DataError
+
+EVENT = Event(1.0, 0.05, 50)
+BUDGET = Budget(epsilon=4.0, delta=1e-5)
+
+
+def _ledger(path: Path, budget: Budget | None = BUDGET) -> Ledger:
+    return Ledger(path / "xrays.jsonl", "xrays", budget)
+
+
+def test_a_debit_is_on_disk_when_it_returns_and_for_this_user_alone(tmp_path: Path) -> None:
+    _ledger(tmp_path).debit("run", 0, EVENT)
+    assert stat.S_IMODE((tmp_path / "xrays.jsonl").stat().st_mode) == 0o600
+    assert _ledger(tmp_path).spent(1e-5) == epsilon_of([EVENT], 1e-5)
+
+
+def test_the_same_sum_is_charged_once_and_a_new_sum_anew(tmp_path: Path) -> None:
+    ledger = _ledger(tmp_path)
+    ledger.debit("run", 0, EVENT)
+    ledger.debit("run", 0, EVENT)
+    assert ledger.events_of("run") == [EVENT]
+    ledger.debit("run", 1, EVENT)
+    assert ledger.spent(1e-5) == epsilon_of([EVENT, EVENT], 1e-5)
+
+
+def test_two_studies_on_one_data_set_add_up(tmp_path: Path) -> None:
+    one, other = _ledger(tmp_path), _ledger(tmp_path)
+    one.debit("first study", 0, EVENT)
+    other.debit("second study", 0, Event(2.0, 0.1, 10))
+    expected = epsilon_of([EVENT, Event(2.0, 0.1, 10)], 1e-5)
+    assert one.spent(1e-5) == pytest.approx(expected)  # also what another process has charged
+
+
+def test_what_does_not_fit_is_refused_and_not_charged(tmp_path: Path) -> None:
+    ledger = _ledger(tmp_path)
+    ledger.debit("run", 0, EVENT)
+    before = (tmp_path / "xrays.jsonl").read_bytes()
+    with pytest.raises(BudgetExhausted, match=r"of 4 is spent; ask the data owner"):
+        ledger.debit("run", 1, Event(1.0, 0.05, 5000))
+    assert (tmp_path / "xrays.jsonl").read_bytes() == before
+
+
+def test_without_a_budget_everything_is_recorded_and_nothing_refused(tmp_path: Path) -> None:
+    ledger = _ledger(tmp_path, budget=None)
+    ledger.debit("run", 0, Event(0.5, 1.0, 1000))
+    assert len(ledger.events_of("run")) == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-1],
+        lambda content: content[:-20],
+        lambda content: content.replace(b"steps", b"stops"),
+        lambda content: b"x" + content,
+        lambda content: content + b"{}\n",
+    ],
+    ids=["no last newline", "cut", "renamed key", "rubbish", "empty line of JSON"],
+)
+def test_a_damaged_ledger_stops_the_site(damage, tmp_path: Path) -> None:
+    _ledger(tmp_path).debit("run", 0, EVENT)
+    path = tmp_path / "xrays.jsonl"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match="what was spent is unknown"):
+        _ledger(tmp_path)

@@ -1,0 +1,91 @@
+"""A private study from end to end: the same model twice, and no data opened over budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation import PHANTOMS, answers_of, federate, open_sites, tiny_simulation, tiny_study
+
+from client.simulated import simulated_site
+from common.accounting import Event, epsilon_of
+from common.errors import BudgetExhausted, ConfigError
+from common.messages import Upload
+from server.network import LoopbackNetwork
+
+PRIVACY: dict[str, Any] = {
+    "epsilon": 8.0,
+    "delta": 1e-5,
+    "example_clip_norm": 0.5,
+    "randomness": "seeded",
+}
+
+
+def test_a_seeded_private_study_gives_the_same_model_and_the_stated_epsilon(
+    tmp_path: Path,
+) -> None:
+    study = tiny_study(privacy=PRIVACY)
+    one, other = (federate(study, tmp_path / name) for name in ("a", "b"))
+    assert one["final_model_sha256"] == other["final_model_sha256"]
+    assert set(one["privacy"]) == {"site-1", "site-2", "site-3", "site-4"}
+    for site in one["privacy"].values():
+        assert site["steps"] == 3 * 2
+        assert site["unit"] == "patient"
+        event = Event(site["noise_multiplier"], site["sampling_probability"], site["steps"])
+        assert site["epsilon"] == epsilon_of([event], 1e-5)
+        assert 7.9 <= site["epsilon"] <= 8.0
+
+
+def test_randomness_of_the_operating_system_gives_other_weights_and_the_same_epsilon(
+    tmp_path: Path,
+) -> None:
+    study = tiny_study(num_rounds=1, privacy={**PRIVACY, "randomness": "os"})
+    one, other = (federate(study, tmp_path / name) for name in ("a", "b"))
+    assert one["final_model_sha256"] != other["final_model_sha256"]
+    assert one["privacy"] == other["privacy"]
+
+
+def test_an_answered_sum_is_never_trained_or_charged_again(tmp_path: Path) -> None:
+    study = tiny_study(num_rounds=1, privacy={**PRIVACY, "randomness": "os"})
+    sites = open_sites(study, tmp_path / "sites")
+    answers = answers_of(sites)
+    same = []
+
+    class Stuttering(LoopbackNetwork):
+        def ask(self, sites, message):
+            for site, reply in super().ask(sites, message):
+                if isinstance(reply, Upload):
+                    same.append(np.array_equal(answers[site](message).body, reply.body))
+                yield site, reply
+
+    federate(study, tmp_path / "run", network=Stuttering(answers))
+    assert same == [True] * 12  # four sites; a training and two evaluations each
+    for name in sites:
+        ledger = tmp_path / "sites" / "sites" / name / "ledgers" / "phantoms.jsonl"
+        assert len(ledger.read_text().splitlines()) == 1
+
+
+def test_a_study_over_budget_is_refused_before_any_data_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = tiny_study(privacy=PRIVACY)
+    data = {**PHANTOMS, "declared_patients": 16}
+    budget = {"epsilon": 2.0, "delta": 1e-5}
+    simulation = tiny_simulation(study).model_copy(update={"data": data, "budget": budget})
+
+    def opened(*_: object) -> None:
+        raise AssertionError("data was opened")
+
+    monkeypatch.setattr("client.dataset.read_cases", opened)
+    with pytest.raises(BudgetExhausted, match="study tiny on data set phantoms"):
+        simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
+
+
+def test_a_budget_for_patients_does_not_pay_for_a_promise_about_images(tmp_path: Path) -> None:
+    study = tiny_study(privacy={**PRIVACY, "unit": "image"})
+    budget = {"unit": "patient", "epsilon": 20.0, "delta": 1e-5}
+    simulation = tiny_simulation(study).model_copy(update={"budget": budget})
+    with pytest.raises(ConfigError, match=r"budget\.unit"):
+        simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
