@@ -105,8 +105,7 @@ def bare_s(study: Study, simulation: Simulation) -> float:
     with tempfile.TemporaryDirectory() as folder:
         sites = open_sites(study, simulation, Path(folder))
     recorded = [
-        [list(batches(site.data.train, study.training, site.rng(r))) for site in sites]
-        for r in range(study.num_rounds)
+        [recorded_batches(site, study, r) for site in sites] for r in range(study.num_rounds)
     ]
     network = build_network(study).module
     for parameter in network.parameters():  # plain tensors, as anybody would have them
@@ -128,6 +127,13 @@ def bare_s(study: Study, simulation: Simulation) -> float:
         score(network, site.data.validation)
         score(network, site.data.test)
     return time.perf_counter() - started
+
+
+def recorded_batches(site: Site, study: Study, round_number: int) -> list[Any]:
+    """The very batches the site trains on in a round."""
+    rng = site.rng(round_number)
+    torch.randint(2**62, (1,), generator=rng)  # the site seeds torch's own generator with this one
+    return list(batches(site.data.train, study.training, rng))
 
 
 def fit(network: torch.nn.Module, site_batches: list[Any], study: Study) -> None:

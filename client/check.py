@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from client.config import Data, FolderData, NpzData, SiteConfig
-from client.dataset import split_cases
+from client.dataset import load_pixels, split_cases
+from client.policy import check_policy
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Split
 from client.readers.folder import AS_STORED
@@ -30,15 +31,19 @@ def check(config: SiteConfig, study: Study | None = None) -> Iterator[str]:
       DataError: The data set cannot be used; the message names the file or folder.
     """
     yield f"site {config.name}: configuration is valid"
+    if config.coordinator or config.certificates:
+        yield "coordinator, certificates: kept for the deployment; this version only simulates"
     _check_state_dir(config.state_dir)
     yield f"state folder {config.state_dir}: writable"
     if study is not None:
         if study.members and config.name not in study.site_names:
             raise ConfigError(f"{config.name} is not a member of study {study.name}")
         yield f"study {study.name}: digest {study.digest()}"
+        check_policy(config.policy, study, config.data.declared_patients)
+        yield "policy: permits this study"
     wanted = Wanted.by(study) if study else _seen(config.data)
     cases = read_cases(config.data, wanted)
-    yield from _describe_pixels(config.data, cases)
+    yield from _describe_pixels(config.data, cases, study)
     for split, members in split_cases(cases, config.data).items():
         patients = len({case.patient for case in members})
         yield f"{split}: {len(members)} images of {patients} patients; {_support(members, wanted)}"
@@ -56,12 +61,12 @@ def _check_state_dir(folder: Path) -> None:
         raise ConfigError(f"state_dir {folder}: {error.strerror}; choose a writable one") from None
 
 
-def _describe_pixels(data: Data, cases: list[Case]) -> Iterator[str]:
+def _describe_pixels(data: Data, cases: list[Case], study: Study | None) -> Iterator[str]:
     shapes: Counter[str] = Counter()
     broken = []
     for case in cases:
         try:
-            pixels = case.load()
+            pixels = load_pixels(case, study.input) if study else case.load()
         except DataError as error:
             broken.append(str(error))
             continue

@@ -92,14 +92,38 @@ def simulated_table(
     return validate(table, DataTable, source=study_path.with_suffix(".site.toml"))
 
 
+class Certificates(Frozen):
+    """Where the site's certificates lie; used by the deployment."""
+
+    ca: RelativePath
+    cert: RelativePath
+    key: RelativePath
+
+
+class Policy(Frozen):
+    """What this site permits; client.policy holds every study against it."""
+
+    allowed_tasks: tuple[str, ...] = ("classification",)
+    max_epsilon: Annotated[float, Field(gt=0)] | None = None  # of one study
+    max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_rounds: Count | None = None
+    min_sites: Annotated[int, Field(ge=3)] = 3
+    min_patients: Count = 1  # declared by this site
+    allow_seeded_randomness: bool = False
+    allow_no_privacy: bool = True
+
+
 class SiteConfig(Frozen):
     """A whole ``site.toml``; ``common.config.load(path, SiteConfig)`` reads one."""
 
     name: Name
     state_dir: RelativePath
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    coordinator: str | None = None  # host:port
+    certificates: Certificates | None = None
     data: Data
     budget: Budget | None = None
+    policy: Policy = Policy()
 
 
 class DataTable(Frozen):

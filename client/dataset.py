@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +26,8 @@ from client.readers import read_cases
 from client.readers.case import Case, Split, Wanted
 from common.errors import DataError
 from common.study import DifferentialPrivacy, Input, Study
+
+log = logging.getLogger("consilium.site")
 
 VALIDATION_SHARE = 0.1  # of the training patients, where a data set has no validation split
 STACK = 256  # images prepared in one pass
@@ -104,6 +107,8 @@ def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteD
         split: _prepare_all(cases, study, skipped if data.on_broken == "skip" else None)
         for split, cases in splits.items()
     }
+    if skipped:
+        log.warning("data set %s: %d unreadable images were skipped", data.name, len(skipped))
     if not len(parts[Split.TRAIN]):
         raise DataError(f"data set {data.name} has no training image; check data.root")
     return SiteData(
@@ -204,19 +209,32 @@ def _loaded(
 ) -> Iterator[tuple[NDArray[Any], Case]]:
     for case in cases:
         try:
-            pixels = case.load()
+            yield load_pixels(case, config), case
         except DataError:
             if skipped is None:
                 raise
             skipped.append(case.name)
-            continue
-        if not np.isfinite(pixels).all():
-            raise DataError(f"{case.name}: some grey values are not finite")
-        if pixels.shape[0] == 1 < config.channels:
-            pixels = np.repeat(pixels, config.channels, axis=0)
-        if pixels.shape[0] != config.channels:
-            raise DataError(f"{case.name}: {pixels.shape[0]} channels, {config.channels} expected")
-        yield pixels, case
+
+
+def load_pixels(case: Case, config: Input) -> NDArray[Any]:
+    """Raw grey values of a case that the study can use, shape (config.channels, height, width).
+
+    Raises:
+      DataError: The file cannot be read, or its values cannot be prepared; the message names it.
+    """
+    pixels = case.load()
+    if not np.isfinite(pixels).all():
+        raise DataError(f"{case.name}: some grey values are not finite")
+    if pixels.shape[0] == 1 < config.channels:
+        pixels = np.repeat(pixels, config.channels, axis=0)
+    if pixels.shape[0] != config.channels:
+        raise DataError(f"{case.name}: {pixels.shape[0]} channels, {config.channels} expected")
+    if config.intensity == "dtype" and pixels.dtype not in (np.uint8, np.uint16):
+        raise DataError(
+            f"{case.name}: grey values of type {pixels.dtype} have no usual range; set "
+            'input.intensity = "image" in the study'
+        )
+    return pixels
 
 
 def _stacks(
@@ -246,9 +264,6 @@ def prepare(images: NDArray[Any], config: Input) -> Tensor:
     Returns:
       Float32, shape (num_images, channels, *config.size).
 
-    Raises:
-      DataError: Only 8-bit and 16-bit files have a usual range; for others ``intensity = "dtype"``
-        cannot be applied.
     """
     num_images, channels, height, width = images.shape
     # Images and channels share one axis: MONAI's array transforms then treat a whole stack at once.
@@ -261,11 +276,6 @@ def prepare(images: NDArray[Any], config: Input) -> Tensor:
 def _preparation(config: Input, dtype: np.dtype[Any], size: tuple[int, int]) -> Compose:
     steps: list[Any] = []
     if config.intensity == "dtype":
-        if dtype not in (np.uint8, np.uint16):
-            raise DataError(
-                f"grey values of type {dtype} have no usual range; set input.intensity = "
-                '"image" in the study'
-            )
         steps.append(ScaleIntensityRange(0, np.iinfo(dtype).max, 0.0, 1.0))
     if size != config.size:
         # Averaging keeps thin structures when shrinking; between pixels it interpolates.

@@ -84,6 +84,9 @@ class Journal:
             file.write(upload.body.data)
             file.flush()
             os.fsync(file.fileno())
+        folder = os.open(self._folder, os.O_RDONLY)
+        os.fsync(folder)  # the name too must survive a power cut
+        os.close(folder)
         row = (upload.sum_number, task_digest, upload.tail.tobytes(), upload.statement)
         with self._transaction():
             self._database.execute("DELETE FROM answer")

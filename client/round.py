@@ -23,7 +23,8 @@ def answer(message: Message, site: Site) -> Message:
         return join(message, site)
     if not isinstance(message, RoundTask):
         raise RemoteProtocolError(f"a site does not take {type(message).__name__}")
-    if not 0 <= message.round_number <= site.study.num_rounds:
+    first = 1 if message.purpose == Purpose.TRAIN else 0
+    if not first <= message.round_number <= site.study.num_rounds:
         raise RemoteProtocolError(f"round {message.round_number} is not one of the study's")
     session = Session.current(site.journal)
     if answered := session.accept(message):
@@ -69,8 +70,8 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
 
 
 def local_update(task: RoundTask, site: Site) -> LocalUpdate:
-    """Train as the approved study says, privately or not; the message has no say in it."""
-    progress = max(0, task.round_number - 1) / site.study.num_rounds
+    """Train as the approved study says; the message only tells which round it is."""
+    progress = (task.round_number - 1) / site.study.num_rounds
     if site.plan is None:
         return train(
             task.model,

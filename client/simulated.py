@@ -13,7 +13,7 @@ from common.study import Study
 
 
 def simulated_site(
-    study: Study, simulation: Simulation, index: int, *, run_dir: Path, device: str = "auto"
+    study: Study, simulation: Simulation, index: int, *, run_dir: Path, device: str = "cpu"
 ) -> Site:
     """Open site ``index`` of a simulation.
 
@@ -31,7 +31,7 @@ def simulated_site(
     data, dealt = config.data, None
     if not simulation.generates_data:
         dealt = Deal(simulation.partition, simulation.num_sites, index, study.seed)
-    declared = data.declared_patients
+    declared = data.declared_patients if dealt is None else None
     if declared is None:  # the harness declares for the site what the partition gave it
         declared = count_training_units(data, study, dealt)
     name = study.site_names[index]

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from common.config import Frozen, load, parse_assignment, read_table
+from common.config import Frozen, load, parse_assignment, read_table, validate
 from common.errors import ConfigError
 from common.study import MIN_SITES, Study
 
@@ -35,8 +35,7 @@ class Simulation(Frozen):
     @field_validator("partition")
     @classmethod
     def _check_partition(cls, rule: str) -> str:
-        found = PARTITION.fullmatch(rule)
-        if not found or (found.group(1) and not 0 < float(found.group(1)) < math.inf):
+        if not _is_partition(rule):
             raise ValueError("Input should be iid or dirichlet:A with A above 0")
         return rule
 
@@ -115,6 +114,8 @@ def _from_root(path: str) -> Path:
 def _site_tables(study_path: Path, data_root: str) -> tuple[dict[str, Any], dict[str, Any]]:
     path = study_path.with_suffix(".site.toml")
     content = read_table(path)
+    if unknown := sorted(set(content) - {"data", "budget"}):
+        raise ConfigError(f"{path.name}: {unknown[0]}: only [data] and [budget] belong here")
     table = content.get("data")
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: no [data] table; it says where a site's images are")
@@ -132,8 +133,14 @@ def _check(
 ) -> Simulation:
     if not MIN_SITES <= num_sites <= 255:  # noqa: PLR2004
         raise ConfigError(f"--sites {num_sites}: a secure sum takes {MIN_SITES} to 255 sites")
-    try:
-        return Simulation(num_sites=num_sites, partition=partition, data=table, budget=budget)
-    except ValueError:
-        text = f"--partition {partition}: expected iid or dirichlet:A with A > 0"
-        raise ConfigError(text) from None
+    if not _is_partition(partition):
+        raise ConfigError(f"--partition {partition}: expected iid or dirichlet:A with A > 0")
+    given = {"num_sites": num_sites, "partition": partition, "data": table, "budget": budget}
+    return validate(given, Simulation, source=Path("site.toml"))
+
+
+def _is_partition(rule: str) -> bool:
+    found = PARTITION.fullmatch(rule)
+    if found is None:
+        return False
+    return not found.group(1) or 0 < float(found.group(1)) < math.inf

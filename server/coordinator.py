@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from common.errors import RemoteProtocolError, RoundAborted
 from common.manifest import Manifest, plan_epoch
-from common.messages import Invitation, Present, Purpose, RoundTask
+from common.messages import Invitation, Present, Purpose, Refusal, RoundTask
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import Schema
 from common.study import Study
@@ -87,7 +87,8 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
       RoundAborted: So many sums were void that the run cannot end.
     """
     if done := run_dir.summary():
-        run_dir.seal()  # the last step of a run, and the only one a crash may have left out
+        if not run_dir.is_sealed:
+            run_dir.seal()  # the last step of a run, and the only one a crash may have left out
         return done
     this = Coordinator(study, network, run_dir, observer)
     manifest = agree(this)
@@ -128,13 +129,17 @@ def agree(this: Coordinator) -> Manifest:
         nonce=secrets.token_hex(16),
     )
     present = set()
+    refused = {}
     for site, reply in this.network.ask(manifest.members, Invitation(manifest.canonical())):
         if isinstance(reply, Present) and (reply.run, reply.site) != (manifest.digest(), site):
             raise RemoteProtocolError(f"{site} answered for {reply.site} and run {reply.run}")
         if isinstance(reply, Present):
             present.add(site)
+        if isinstance(reply, Refusal):
+            refused[site] = f" ({reply.reason})"
     if missing := sorted(set(manifest.members) - present):
-        raise RoundAborted(f"{', '.join(missing)} did not agree to the study; see their logs")
+        named = ", ".join(site + refused.get(site, "") for site in missing)
+        raise RoundAborted(f"{named} did not agree to the study; see their logs")
     this.run_dir.save_epoch(manifest)
     return manifest
 

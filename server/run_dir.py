@@ -7,11 +7,12 @@ is written again.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ PRIVACY = "privacy"
 SUMMARY = "summary.json"
 FINAL = "final.safetensors"
 SUMS = "SHA256SUMS"
+LOCK = ".lock"
 
 
 class RunDir:
@@ -58,15 +60,18 @@ class RunDir:
             study, or the same one over other data.
         """
         run_dir = cls(path)
-        if (path / STUDY).exists() and run_dir.epoch() is None:
-            clear_run(path)  # a start that failed before any site agreed: nothing is lost
-        if not path.exists() or not any(path.iterdir()):
+        if path.exists() and not path.is_dir():
+            raise ConfigError(f"{path} is a file; a run needs a folder")
+        if not path.exists() or not any(path.iterdir()) or _never_began(path):
+            if resume:
+                raise ConfigError(f"{path} holds no run to resume; leave out --resume to start one")
             run_dir._create(study, simulation)
             return run_dir
         if not resume:
             raise ConfigError(f"{path} is not empty; use --resume, or another --run-dir")
         if not (path / STUDY).exists():
             raise ConfigError(f"{path} is not empty and holds no run to resume")
+        run_dir._lock()
         if run_dir.study().digest() != study.digest():
             raise ConfigError(f"{path} holds a run of another study; resume it with that study")
         if simulation is not None and run_dir.simulation() != simulation:
@@ -76,9 +81,19 @@ class RunDir:
     def _create(self, study: Study, simulation: Simulation | None) -> None:
         for folder in (self.path, self.path / "models", self.path / "counts"):
             folder.mkdir(parents=True, exist_ok=True)
+        self._lock()
         if simulation is not None:
             self._write(SIMULATION, tomli_w.dumps(simulation.model_dump(mode="json")).encode())
         self._write(STUDY, tomli_w.dumps(study.as_table()).encode())
+
+    def _lock(self) -> None:
+        """Keep a second process out of this run for as long as this object lives."""
+        held = os.open(self.path / LOCK, os.O_CREAT | os.O_WRONLY, 0o600)
+        weakref.finalize(self, os.close, held)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{self.path}: another process works on this run") from None
 
     def study(self) -> Study:
         """The study of this run; its digest is the run's."""
@@ -220,13 +235,18 @@ class RunDir:
         summary: dict[str, Any] = json.loads(path.read_text())
         return summary
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether the list of digests was written."""
+        return (self.path / SUMS).exists()
+
     def seal(self) -> None:
         """List every file of the run with its SHA-256; ``sha256sum -c SHA256SUMS`` checks it."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name != SUMS)
+        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name[0] != ".")
         lines = [
             f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(self.path)}\n"
             for file in files
-            if file.relative_to(self.path).parts[0] != "sites" and file.stem != "report"
+            if file.relative_to(self.path).parts[0] != "sites" and file.stem not in ("report", SUMS)
         ]
         self._write(SUMS, "".join(lines).encode())
 
@@ -253,11 +273,11 @@ class RunDir:
         _sync_folder(path.parent)
 
 
-def clear_run(path: Path) -> None:
-    """Remove a run folder that is to be replaced; refuses a folder that holds no run."""
-    if path.exists() and any(path.iterdir()) and not (path / STUDY).exists():
-        raise ConfigError(f"{path} is not a run folder; remove it by hand")
-    shutil.rmtree(path, ignore_errors=True)
+def _never_began(path: Path) -> bool:
+    """Whether a start failed here before any site agreed, and nothing else lies in the folder."""
+    present = {entry.name for entry in path.iterdir()}
+    started = {STUDY, SIMULATION, LOCK, "models", "counts", "sites"}
+    return SIMULATION in present and present <= started and not any((path / "models").iterdir())
 
 
 def _sync_folder(folder: Path) -> None:

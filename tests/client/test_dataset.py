@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.config import Data, FolderData, NpzData, PhantomData
-from client.dataset import STACK, Images, load_site_data, prepare, split_cases
+from client.dataset import STACK, Images, load_pixels, load_site_data, prepare, split_cases
 from client.readers.case import Case, Split
 from common.errors import DataError
 from common.study import Input, Study
@@ -219,9 +219,11 @@ def test_images_are_not_turned_or_mirrored_by_resizing() -> None:
 
 
 def test_floating_point_files_have_no_range_of_their_own(rng: np.random.Generator) -> None:
-    images = rng.random((1, 1, 8, 8)).astype(np.float32)
-    with pytest.raises(DataError, match=r'set input\.intensity = "image"'):
-        prepare(images, Input(size=(8, 8)))
+    image = rng.random((1, 8, 8)).astype(np.float32)
+    case = Case("scan.tif", "p", None, np.array(0), lambda: image)
+    with pytest.raises(DataError, match=r'scan\.tif: .* set input\.intensity = "image"'):
+        load_pixels(case, Input(size=(8, 8)))
+    assert load_pixels(case, Input(size=(8, 8), intensity="image")) is image
 
 
 @pytest.mark.parametrize("intensity", ["dtype", "image"])

@@ -1,0 +1,54 @@
+"""What this site permits. A study outside it is refused, with both values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from client.config import Policy
+from common.errors import PolicyError
+from common.plan import plan_privacy
+from common.study import DifferentialPrivacy, NoPrivacy, Study
+
+
+def check_policy(policy: Policy, study: Study, declared_patients: int | None) -> None:
+    """Hold a study against the site's policy.
+
+    Raises:
+      PolicyError: With every rule that the study breaks, its value and the site's.
+    """
+    if broken := list(_broken(policy, study, declared_patients)):
+        rules = "; ".join(broken)
+        raise PolicyError(f"study {study.name}: {rules}; the site's owner decides on [policy]")
+
+
+def _broken(policy: Policy, study: Study, declared: int | None) -> Iterator[str]:
+    if study.task.kind not in policy.allowed_tasks:
+        yield f"task {study.task.kind} is not in allowed_tasks"
+    if policy.max_rounds is not None and study.num_rounds > policy.max_rounds:
+        yield f"{study.num_rounds} rounds, max_rounds is {policy.max_rounds}"
+    if study.cohort.min_sites < policy.min_sites:
+        yield f"cohort.min_sites {study.cohort.min_sites}, min_sites is {policy.min_sites}"
+    if declared is not None and declared < policy.min_patients:
+        yield f"{declared} declared patients, min_patients is {policy.min_patients}"
+    if isinstance(study.privacy, NoPrivacy):
+        if not policy.allow_no_privacy:
+            yield "no differential privacy, allow_no_privacy is false"
+        return
+    yield from _broken_terms(policy, study, study.privacy, declared)
+
+
+def _broken_terms(
+    policy: Policy, study: Study, terms: DifferentialPrivacy, declared: int | None
+) -> Iterator[str]:
+    if terms.randomness == "seeded" and not policy.allow_seeded_randomness:
+        yield "seeded randomness, allow_seeded_randomness is false"
+    if policy.max_delta is not None and terms.delta > policy.max_delta:
+        yield f"delta {terms.delta:g}, max_delta is {policy.max_delta:g}"
+    if policy.max_epsilon is None:
+        return
+    plan = plan_privacy(study, declared) if declared else None
+    epsilon = plan.epsilon_after(study.num_rounds) if plan else terms.epsilon
+    if epsilon is None:
+        yield "data.declared_patients is needed to know the study's epsilon"
+    elif epsilon > policy.max_epsilon:
+        yield f"epsilon {epsilon:.3g}, max_epsilon is {policy.max_epsilon:g}"
