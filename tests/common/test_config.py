@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from common.simulation import plan_simulation
 from common.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
+BIN = ROOT / ".venv" / "bin"
 STUDIES = sorted((ROOT / "studies").glob("*.toml"))
 GONE = None  # TOML has no null: takes a key out of the file
 PATIENT = "Kari-Nordmann-010203"  # a value that must not reach a log
@@ -498,3 +500,30 @@ def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
     )
     assert result.returncode == 2
     assert "No such option" in result.stderr
+
+
+@pytest.mark.slow
+def test_50_mutated_files_each_end_a_command_with_one_error_that_names_the_key(
+    write: Callable[..., Path],
+) -> None:
+    """``-s`` shows how long each took; importing torch in the same minute is the bound."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch, monai"], check=True)
+    torch_s = time.perf_counter() - started
+    seconds = []
+    cases = [*STUDY_CASES[:: len(STUDY_CASES) // 35], *SITE_CASES][:50]
+    for case in cases:
+        path = write(case.edits, case.kind)
+        command = [BIN / "fl-server", "--study", path, "--dry-run"]
+        if case.kind is SiteConfig:
+            command = [BIN / "fl-client", "--site-config", path, "check"]
+        started = time.perf_counter()
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert (ended.returncode, ended.stdout) == (2, ""), case.title
+        assert ended.stderr.startswith("ConfigError: written.toml has 1 problem(s):"), case.title
+        assert f"\n  {case.key}: " in ended.stderr, case.title
+    slowest = f"slowest {max(seconds):.2f} s, torch {torch_s:.2f} s"
+    print(f"{len(cases)} files, exit 2 each; {slowest}")  # noqa: T201
+    assert len(cases) == 50
+    assert max(seconds) < torch_s
