@@ -54,7 +54,10 @@ def train(
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
     optimizer = _optimizer(network, training, progress)
     loss_of = task.local_loss(images.targets)
-    for pixels, targets in _ahead(batches(images, training, rng)):
+    made = batches(images, training, rng)
+    if torch.get_num_threads() == 1:  # beside a team of threads a second team costs more
+        made = _ahead(made)
+    for pixels, targets in made:
         network.gradients.zero_()
         loss = loss_of(network(pixels), targets)
         loss.backward()  # type: ignore[no-untyped-call]
