@@ -19,6 +19,7 @@ from typing import Literal
 Accountant = Literal["prv", "pld", "rdp"]
 
 MAX_NOISE_MULTIPLIER = 1e4
+COARSE_BELOW, FINE_ERROR = 1.5, 5e-4
 CALIBRATION_TOLERANCE = 1e-3  # relative, in epsilon, always on the safe side
 
 
@@ -98,7 +99,11 @@ def _opacus_epsilon(events: Sequence[Event], delta: float, name: Accountant) -> 
     with warnings.catch_warnings():
         # RDP says when its best order is at the edge of its list: the bound is still a bound.
         warnings.simplefilter("ignore")
-        return float(accountant.get_epsilon(delta=delta))
+        epsilon = float(accountant.get_epsilon(delta=delta))
+        if name == "prv" and epsilon < COARSE_BELOW:
+            # PRV adds its own error bound, 0.01 by default: too much for a small epsilon.
+            epsilon = float(accountant.get_epsilon(delta=delta, eps_error=FINE_ERROR))
+        return epsilon
 
 
 def _pld_epsilon(events: Sequence[Event], delta: float) -> float:
