@@ -38,7 +38,7 @@ NUM_SITES = 4
 REPEATS = 5
 CASES = {
     "pneumonia": {"num_rounds": 3},
-    "pneumonia-resnet18": {"num_rounds": 2},
+    "pneumonia-resnet18": {"num_rounds": 1},
 }
 
 
