@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RemoteProtocolError
 
 
 class Frozen(BaseModel):
@@ -133,6 +133,19 @@ def _remove(table: dict[str, Any], dotted: str) -> bool:
     for section in sections:
         here = here.get(section) if isinstance(here, dict) else None
     return isinstance(here, dict) and here.pop(last, None) is not None
+
+
+def parse_message(text: str, kind: type[Model], *, what: str) -> Model:
+    """Build ``kind`` from JSON that came over the wire.
+
+    Raises:
+      RemoteProtocolError: It is not one of this version; the message names the keys, no values.
+    """
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        keys = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
+        raise RemoteProtocolError(f"not a {what} of this version: {keys}") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

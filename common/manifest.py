@@ -10,9 +10,9 @@ import hashlib
 from importlib.metadata import version
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from common.config import Frozen
+from common.config import Frozen, parse_message
 from common.errors import RemoteProtocolError
 from common.models.flat import Schema
 from common.quantize import Ring, first_exponents
@@ -49,11 +49,7 @@ class Manifest(Frozen):
         Raises:
           RemoteProtocolError: It is not a manifest of this version.
         """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            keys = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
-            raise RemoteProtocolError(f"not a manifest of this version: {keys}") from None
+        return parse_message(text, cls, what="manifest")
 
     def canonical(self) -> str:
         """The text whose digest names the run."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from common.config import Frozen
-from common.errors import RemoteProtocolError
+from common.config import Frozen, parse_message
 
 
 class Statement(Frozen):
@@ -31,8 +30,4 @@ class Statement(Frozen):
         Raises:
           RemoteProtocolError: It is not a statement of this version.
         """
-        try:
-            return cls.model_validate_json(text)
-        except ValidationError as error:
-            keys = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
-            raise RemoteProtocolError(f"not a privacy statement of this version: {keys}") from None
+        return parse_message(text, cls, what="privacy statement")
