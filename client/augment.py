@@ -13,30 +13,49 @@ from monai.networks.layers import AffineTransform
 from torch import Tensor
 
 from common.study import Augmentation
+from common.tasks.losses import OUTSIDE
 
 NUM_DRAWS = 7  # angle, zoom, flip, two shifts, contrast, brightness
+MORE_DRAWS = 2  # vertical flip, quarter turns: drawn where a study asks for one
 _NONE = Augmentation()
 _RESAMPLE = AffineTransform(
     normalized=True, reverse_indexing=False, padding_mode="border", align_corners=False
 )
+_RESAMPLE_MASKS = AffineTransform(
+    normalized=True,
+    mode="nearest",
+    reverse_indexing=False,
+    padding_mode="zeros",
+    align_corners=False,
+)
 
 
-def augment(images: Tensor, config: Augmentation, rng: torch.Generator) -> Tensor:
+def augment(
+    images: Tensor, targets: Tensor, config: Augmentation, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """A changed copy of a batch; the batch itself when the study asks for no change.
 
     Args:
-      images: (batch, channels, height, width), normalised.
+      images: (batch, channels, *size), normalised. Volumes are moved within each slice.
+      targets: Labels, which no change touches, or masks (batch, *size), which move with the image:
+        what comes from beyond its edge is ``OUTSIDE``.
       config: How large the changes may be.
       rng: Source of every draw; on the CPU.
     """
-    if config == _NONE:
-        return images
+    if config == _NONE or not len(images):
+        return images, targets
     num = len(images)
-    drawn = 2 * torch.rand((NUM_DRAWS, num), generator=rng) - 1  # uniform in [-1, 1)
-    if config.flip or config.rotate_degrees or config.shift or config.zoom:
+    more = MORE_DRAWS if config.flip_vertical or config.quarter_turns else 0
+    drawn = 2 * torch.rand((NUM_DRAWS + more, num), generator=rng) - 1  # uniform in [-1, 1)
+    if config.moves_pixels:
         height, width = images.shape[-2:]
-        matrices = _matrices(drawn, width / height, config).to(images.device)
+        matrices = _matrices(drawn, width / height, config)
+        if images.ndim == 5:  # noqa: PLR2004 - (batch, channels, depth, height, width)
+            matrices = _in_every_slice(matrices)
+        matrices = matrices.to(images.device)
         images = _RESAMPLE(images, matrices)
+        if targets.ndim == images.ndim - 1:
+            targets = _move_masks(targets, matrices)
     if config.contrast or config.brightness:
         shape = (num, *[1] * (images.ndim - 1))
         gain, offset = 1 + config.contrast * drawn[5], config.brightness * drawn[6]
@@ -45,7 +64,26 @@ def augment(images: Tensor, config: Augmentation, rng: torch.Generator) -> Tenso
         )
     if config.noise:
         images = images + config.noise * torch.randn(images.shape, generator=rng).to(images.device)
-    return images
+    return images, targets
+
+
+def _move_masks(masks: Tensor, matrices: Tensor) -> Tensor:
+    # Beyond the edge the layer gives 0; counted down from OUTSIDE, that is OUTSIDE.
+    below = (OUTSIDE - masks.int()).float().unsqueeze(1)
+    moved = _RESAMPLE_MASKS(below, matrices).squeeze(1).round()
+    classes: Tensor = (OUTSIDE - moved).to(masks.dtype)
+    return classes
+
+
+def _in_every_slice(matrices: Tensor) -> Tensor:
+    """(batch, 2, 3) for a plane to (batch, 3, 4) for a volume; depth stays where it is.
+
+    The layer counts a matrix's axes from the last one of the volume, so depth comes last.
+    """
+    volumes = torch.zeros((len(matrices), 3, 4))
+    volumes[:, :2, :2], volumes[:, :2, 3] = matrices[:, :, :2], matrices[:, :, 2]
+    volumes[:, 2, 2] = 1
+    return volumes
 
 
 def _matrices(drawn: Tensor, aspect: float, config: Augmentation) -> Tensor:
@@ -54,10 +92,15 @@ def _matrices(drawn: Tensor, aspect: float, config: Augmentation) -> Tensor:
     ``aspect`` is width over height: both sides are two units long, and a rotation must not shear.
     """
     angle = math.radians(config.rotate_degrees) * drawn[0]
+    if config.quarter_turns:
+        angle = angle + math.pi / 2 * torch.floor(2 * (drawn[8] + 1))
     scale = 1 + config.zoom * drawn[1]
     mirror = torch.where(drawn[2] < 2 * config.flip - 1, -scale, scale)
+    upside = scale
+    if config.flip_vertical:
+        upside = torch.where(drawn[7] < 2 * config.flip_vertical - 1, -scale, scale)
     shift = 2 * config.shift * drawn[3:5]
     cosine, sine = angle.cos(), angle.sin()
     rows = [mirror * cosine, mirror * sine / -aspect, shift[0]]
-    rows += [scale * sine * aspect, scale * cosine, shift[1]]
+    rows += [upside * sine * aspect, upside * cosine, shift[1]]
     return torch.stack(rows, dim=1).reshape(-1, 2, 3)

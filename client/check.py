@@ -8,17 +8,19 @@ from pathlib import Path
 
 import numpy as np
 
-from client.config import Data, FolderData, NpzData, SiteConfig
-from client.dataset import load_pixels, split_cases
+from client.config import CsvData, Data, FolderData, NpzData, SiteConfig
+from client.dataset import load_sample, split_cases
 from client.policy import check_policy
 from client.readers import Case, Wanted, read_cases
-from client.readers.case import Split
-from client.readers.folder import AS_STORED
+from client.readers.case import Labels, Split
+from client.readers.csv import read_rows
+from client.readers.image import AS_STORED, SUFFIXES
 from common.errors import ConfigError, DataError
 from common.study import Study
 
 MAX_NAMED = 5  # unreadable files that are listed one by one
 PHANTOM_CLASSES = ("no lesion", "lesion")
+MASKS = Wanted("masks", ("background", "foreground"), channels=AS_STORED, size=())
 
 
 def check(config: SiteConfig, study: Study | None = None) -> Iterator[str]:
@@ -66,12 +68,13 @@ def _describe_pixels(data: Data, cases: list[Case], study: Study | None) -> Iter
     broken = []
     for case in cases:
         try:
-            pixels = load_pixels(case, study.input) if study else case.load()
+            pixels = load_sample(case, study)[0] if study else case.load()
         except DataError as error:
             broken.append(str(error))
             continue
         size = "x".join(map(str, pixels.shape[1:]))
-        shapes[f"{size} {'colour' if pixels.shape[0] == 3 else 'grey'} {pixels.dtype}"] += 1  # noqa: PLR2004
+        colour = "colour" if pixels.shape[0] == 3 else "grey"  # noqa: PLR2004
+        shapes[f"{size} {colour} {pixels.dtype}"] += 1
     most = ", ".join(f"{shape} ({num})" for shape, num in shapes.most_common(MAX_NAMED))
     more = f" and {len(shapes) - MAX_NAMED} other kinds" if len(shapes) > MAX_NAMED else ""
     yield f"data set {data.name}: {len(cases) - len(broken)} readable images, {most}{more}"
@@ -89,6 +92,8 @@ def _support(cases: list[Case], wanted: Wanted) -> str:
     """Images per class, in the order of the classes."""
     if not cases:
         return "no images"
+    if wanted.labels == "masks":
+        return "each with a mask"
     targets = np.array([case.target for case in cases])
     if targets.ndim == 1:
         counts = np.bincount(targets, minlength=len(wanted.classes))
@@ -99,6 +104,10 @@ def _support(cases: list[Case], wanted: Wanted) -> str:
 
 def _seen(data: Data) -> Wanted:
     """What the files themselves hold, where no study says what to expect."""
+    if isinstance(data, FolderData) and data.layout == "pairs":
+        return MASKS
+    if isinstance(data, CsvData):
+        return _seen_csv(data)
     if isinstance(data, FolderData):
         return Wanted("multiclass", _class_folders(data.root), channels=AS_STORED, size=())
     if isinstance(data, NpzData):
@@ -112,6 +121,18 @@ def _class_folders(root: Path) -> tuple[str, ...]:
     splits = [root / split for split in Split if (root / split).is_dir()]
     found = {p.name for folder in splits or [root] for p in folder.iterdir() if p.is_dir()}
     return tuple(sorted(found))
+
+
+def _seen_csv(data: CsvData) -> Wanted:
+    rows = read_rows(data)
+    if data.target is None:
+        raise DataError(f"{data.table}: a column per label; the study names them, so give --study")
+    found = {row[data.target] for row in rows}
+    if all(Path(value).suffix.lower() in SUFFIXES for value in found):
+        return MASKS
+    classes = sorted({name.strip() for value in found for name in value.split("|")} - {""})
+    labels: Labels = "multilabel" if any("|" in value for value in found) else "multiclass"
+    return Wanted(labels, tuple(classes), channels=AS_STORED, size=())
 
 
 def _seen_npz(data: NpzData) -> Wanted:

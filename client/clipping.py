@@ -24,6 +24,7 @@ from common.models.flat import FlatNetwork
 from common.tasks import Loss
 
 MAX_GRADIENT_BYTES = 256 * 2**20  # per-image gradients held at once
+MAX_PIXELS = 2**21  # of the images differentiated at once: what lies between layers grows with them
 TOLERANCE = 1e-9  # of the start-up check, in float64
 
 
@@ -58,7 +59,7 @@ class PerImageEngine:
         self._names = network.schema.names
         self._shapes = network.schema.shapes
         per_image = network.schema.num_params * network.values.element_size()
-        self._max_images = max(1, MAX_GRADIENT_BYTES // per_image)
+        self._max_images = MAX_GRADIENT_BYTES // per_image
 
     def clipped_sum(self, units: Units, loss: Loss, clip_norm: float) -> Tensor:
         """See ``ClippingEngine``."""
@@ -72,7 +73,8 @@ class PerImageEngine:
             dtype=next(iter(parameters.values())).dtype,
             device=units.pixels.device,
         )
-        for part in _physical_batches(units, self._max_images):
+        most = min(self._max_images, MAX_PIXELS // max(1, units.pixels[:1].numel()))
+        for part in _physical_batches(units, max(1, most)):
             total += self._part(parameters, part, loss, clip_norm)
         return total
 

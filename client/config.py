@@ -16,6 +16,8 @@ from pydantic import Field, field_validator
 from common.config import Frozen, RelativePath, validate
 from common.study import Count, Name
 
+Positive = Annotated[float, Field(gt=0)]
+
 
 class SplitFractions(Frozen):
     """Shares of the patients where the data has no splits of its own; training gets the rest."""
@@ -41,11 +43,14 @@ class NpzData(_Data):
 
 
 class FolderData(_Data):
-    """PNG, JPEG or TIFF files, one folder per class of the study."""
+    """PNG, JPEG or TIFF files: one folder per class, or images beside masks of the same name."""
 
     format: Literal["folder"]
     root: RelativePath
-    layout: Literal["classes"] = "classes"
+    layout: Literal["classes", "pairs"] = "classes"
+    images: str = "images"  # folders of the layout "pairs"
+    masks: str = "masks"
+    valid: str | None = None  # where loss and figures count; without it, everywhere
     patient: str | None = None  # pattern whose first group, in the file's name, is the patient
 
     @field_validator("patient")
@@ -59,6 +64,19 @@ class FolderData(_Data):
         return pattern
 
 
+class CsvData(_Data):
+    """A table with one row per image."""
+
+    format: Literal["csv"]
+    root: RelativePath  # the folder that the table's paths are relative to
+    table: str  # the file, in root
+    image: str = "image"  # columns
+    target: str | None = None  # class, or mask; several labels may have a column each
+    valid: str | None = None
+    patient: str | None = None
+    split: str | None = None
+
+
 class PhantomData(_Data):
     """Generated chest-like images; each site has its own scanner and its own patients."""
 
@@ -67,9 +85,11 @@ class PhantomData(_Data):
     images_per_patient: Annotated[int, Field(ge=1, le=16)] = 2
     seed: Annotated[int, Field(ge=0)] = 0
     site_index: Annotated[int, Field(ge=0, le=254)] = 0
+    label_skew: Positive | None = None
+    """Concentration of the Dirichlet distribution that each site's class shares are drawn from."""
 
 
-Data = Annotated[NpzData | FolderData | PhantomData, Field(discriminator="format")]
+Data = Annotated[NpzData | FolderData | CsvData | PhantomData, Field(discriminator="format")]
 
 
 class Budget(Frozen):
@@ -103,7 +123,7 @@ class Certificates(Frozen):
 class Policy(Frozen):
     """What this site permits; client.policy holds every study against it."""
 
-    allowed_tasks: tuple[str, ...] = ("classification",)
+    allowed_tasks: tuple[str, ...] = ("classification", "segmentation")
     max_epsilon: Annotated[float, Field(gt=0)] | None = None  # of one study
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_rounds: Count | None = None

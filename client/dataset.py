@@ -1,8 +1,4 @@
-"""The door where patient data enters: files to prepared images, split by patient.
-
-Preparation uses the study's constants and each image's own values, never a statistic of the data
-set: such a statistic would be a release of its own.
-"""
+"""The door where patient data enters: files to prepared images, split by patient."""
 
 from __future__ import annotations
 
@@ -10,18 +6,18 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import set_track_meta
-from monai.transforms import Compose, NormalizeIntensity, Resize, ScaleIntensityRange
 from numpy.typing import NDArray
 from torch import Tensor
 
 from client.config import Data
+from client.images import Images, Scans
 from client.partition import deal
+from client.prepare import load_mask, load_pixels, prepare, prepare_masks
 from client.readers import read_cases
 from client.readers.case import Case, Split, Wanted
 from common.errors import DataError
@@ -32,28 +28,8 @@ log = logging.getLogger("consilium.site")
 VALIDATION_SHARE = 0.1  # of the training patients, where a data set has no validation split
 STACK = 256  # images prepared in one pass
 
-set_track_meta(False)  # arrays here have no spatial header
-
-
-@dataclass(frozen=True)
-class Images:
-    """Private. One split of one site's data, prepared for the network."""
-
-    pixels: Tensor  # (num_images, channels, height, width) float32
-    targets: Tensor  # (num_images,) or (num_images, num_labels) int64
-    patients: tuple[str, ...]  # (num_images,)
-
-    def __len__(self) -> int:
-        return len(self.patients)
-
-    @property
-    def num_patients(self) -> int:
-        """Number of different patients."""
-        return len(set(self.patients))
-
-    def to(self, device: torch.device) -> Images:
-        """The same images on another device."""
-        return replace(self, pixels=self.pixels.to(device), targets=self.targets.to(device))
+Samples = Images | Scans
+Sample = tuple[NDArray[Any], NDArray[Any], Case]  # pixels and target as the files have them
 
 
 @dataclass(frozen=True)
@@ -70,9 +46,9 @@ class Deal:
 class SiteData:
     """Private. Everything one site trains and scores on."""
 
-    train: Images
-    validation: Images
-    test: Images
+    train: Samples
+    validation: Samples
+    test: Samples
     num_skipped: int  # unreadable images, where the site's configuration says to skip them
 
     @property
@@ -188,100 +164,72 @@ def _place(patient: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _prepare_all(cases: Sequence[Case], study: Study, skipped: list[str] | None) -> Images:
+def _prepare_all(cases: Sequence[Case], study: Study, skipped: list[str] | None) -> Samples:
     """Prepared images of these cases; broken ones stop the site or go on the ``skipped`` list."""
+    read = _read(cases, study, skipped)
+    if study.input.patches:
+        return _scans(read, study.input)
     used: list[Case] = []
-    stacks: list[Tensor] = []
-    for stack, members in _stacks(_loaded(cases, study.input, skipped)):
-        stacks.append(prepare(stack, study.input))
+    pixels: list[Tensor] = []
+    targets: list[Tensor] = []
+    for stack, labels, members in _stacks(read):
+        pixels.append(prepare(stack, study.input))
+        masks = study.task.kind == "segmentation"
+        targets.append(prepare_masks(labels, study.input) if masks else torch.from_numpy(labels))
         used += members
-    shape = (0, study.input.channels, *study.input.size)
-    targets = np.array([case.target for case in used], np.int64)
-    return Images(
-        pixels=torch.cat(stacks) if stacks else torch.empty(shape),
-        targets=torch.from_numpy(targets),
-        patients=tuple(case.patient for case in used),
-    )
+    if not used:
+        return Images(torch.empty((0, study.input.channels, *study.input.size)), torch.empty(0), ())
+    return Images(torch.cat(pixels), torch.cat(targets), tuple(case.patient for case in used))
 
 
-def _loaded(
-    cases: Iterable[Case], config: Input, skipped: list[str] | None
-) -> Iterator[tuple[NDArray[Any], Case]]:
+def _scans(read: Iterable[Sample], config: Input) -> Scans:
+    """Each image for itself, in its own size."""
+    used = [
+        (prepare(pixels[None], config)[0], prepare_masks(mask[None], config)[0], case.patient)
+        for pixels, mask, case in read
+    ]
+    pixels, masks, patients = zip(*used, strict=True) if used else ((), (), ())
+    return Scans(pixels, masks, patients, config.size)
+
+
+def _read(cases: Iterable[Case], study: Study, skipped: list[str] | None) -> Iterator[Sample]:
     for case in cases:
         try:
-            yield load_pixels(case, config), case
+            yield load_sample(case, study)
         except DataError:
             if skipped is None:
                 raise
             skipped.append(case.name)
 
 
-def load_pixels(case: Case, config: Input) -> NDArray[Any]:
-    """Raw grey values of a case that the study can use, shape (config.channels, height, width).
+def load_sample(case: Case, study: Study) -> Sample:
+    """Pixels and target of one case, as the files have them.
 
     Raises:
-      DataError: The file cannot be read, or its values cannot be prepared; the message names it.
+      DataError: One of them cannot be used; the message names the file.
     """
-    pixels = case.load()
-    if not np.isfinite(pixels).all():
-        raise DataError(f"{case.name}: some grey values are not finite")
-    if pixels.shape[0] == 1 < config.channels:
-        pixels = np.repeat(pixels, config.channels, axis=0)
-    if pixels.shape[0] != config.channels:
-        raise DataError(f"{case.name}: {pixels.shape[0]} channels, {config.channels} expected")
-    if config.intensity == "dtype" and pixels.dtype not in (np.uint8, np.uint16):
-        raise DataError(
-            f"{case.name}: grey values of type {pixels.dtype} have no usual range; set "
-            'input.intensity = "image" in the study'
-        )
-    return pixels
+    pixels = load_pixels(case, study.input)
+    if study.task.kind == "segmentation":
+        return pixels, load_mask(case, pixels, len(study.task.classes)), case
+    if case.target is None:
+        raise DataError(f"{case.name}: no label; a classification study needs one for every image")
+    return pixels, case.target, case
 
 
-def _stacks(
-    loaded: Iterable[tuple[NDArray[Any], Case]],
-) -> Iterator[tuple[NDArray[Any], list[Case]]]:
+def _stacks(read: Iterable[Sample]) -> Iterator[tuple[NDArray[Any], NDArray[Any], list[Case]]]:
     """Runs of images of equal shape and type, so that each run is prepared in one pass."""
-    pixels: list[NDArray[Any]] = []
-    members: list[Case] = []
-    for image, case in loaded:
-        same = not pixels or (pixels[0].shape, pixels[0].dtype) == (image.shape, image.dtype)
-        if not same or len(pixels) == STACK:
-            yield np.stack(pixels), members
-            pixels, members = [], []
-        pixels.append(image)
-        members.append(case)
-    if pixels:
-        yield np.stack(pixels), members
+    run: list[Sample] = []
+    for sample in read:
+        first = run[0][0] if run else sample[0]
+        same = (first.shape, first.dtype) == (sample[0].shape, sample[0].dtype)
+        if not same or len(run) == STACK:
+            yield _stacked(run)
+            run = []
+        run.append(sample)
+    if run:
+        yield _stacked(run)
 
 
-def prepare(images: NDArray[Any], config: Input) -> Tensor:
-    """Raw grey values to the network's input.
-
-    Args:
-      images: Any number type, shape (num_images, channels, height, width).
-      config: The study's ``[input]``.
-
-    Returns:
-      Float32, shape (num_images, channels, *config.size).
-
-    """
-    num_images, channels, height, width = images.shape
-    # Images and channels share one axis: MONAI's array transforms then treat a whole stack at once.
-    stack = images.reshape(num_images * channels, height, width)
-    transformed = _preparation(config, images.dtype, (height, width))(stack)
-    prepared: Tensor = torch.as_tensor(transformed, dtype=torch.float32)
-    return prepared.reshape(num_images, channels, *config.size)
-
-
-def _preparation(config: Input, dtype: np.dtype[Any], size: tuple[int, int]) -> Compose:
-    steps: list[Any] = []
-    if config.intensity == "dtype":
-        steps.append(ScaleIntensityRange(0, np.iinfo(dtype).max, 0.0, 1.0))
-    if size != config.size:
-        # Averaging keeps thin structures when shrinking; between pixels it interpolates.
-        shrinking = size[0] >= config.size[0] and size[1] >= config.size[1]
-        steps.append(Resize(config.size, mode="area" if shrinking else "bilinear"))
-    if config.intensity == "image":
-        steps.append(NormalizeIntensity(channel_wise=True))
-    steps.append(NormalizeIntensity(subtrahend=config.mean, divisor=config.std))
-    return Compose(steps)
+def _stacked(run: Sequence[Sample]) -> tuple[NDArray[Any], NDArray[Any], list[Case]]:
+    pixels, targets, members = zip(*run, strict=True)
+    return np.stack(pixels), np.stack(targets), list(members)

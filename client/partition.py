@@ -8,6 +8,7 @@ Source: Hsu, Qi and Brown (2019), Measuring the Effects of Non-Identical Data Di
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -27,14 +28,22 @@ def deal(splits: Splits, *, rule: str, num_sites: int, seed: int) -> list[dict[S
 
     Args:
       splits: The whole data set by split.
-      rule: ``iid`` (equal shares at random) or ``dirichlet:A`` (per class, shares over the sites
-        drawn from a symmetric Dirichlet distribution with concentration A).
+      rule: ``iid`` (equal shares at random), ``dirichlet:A`` (per class, shares over the sites
+        drawn from a symmetric Dirichlet distribution with concentration A), or ``column:NAME`` (by
+        a column of the data's table: patients with one value share a site).
       num_sites: Number of sites.
       seed: Equal seeds give equal deals.
 
     Raises:
-      ConfigError: No deal leaves each site at least 20 training patients.
+      ConfigError: No deal leaves each site at least 20 training patients; or the rule does not fit
+        the data.
     """
+    if rule.startswith("column:"):
+        return _deal_by_column(splits, rule.removeprefix("column:"), num_sites)
+    if rule != "iid" and any(case.target is None for cases in splits.values() for case in cases):
+        raise ConfigError(
+            f"partition {rule}: masks have no class to deal by; use iid or column:NAME"
+        )
     num_patients = len({case.patient for case in splits[Split.TRAIN]})
     if rule != "iid" and num_patients < MIN_TRAIN_PATIENTS * num_sites:
         raise ConfigError(
@@ -53,6 +62,36 @@ def deal(splits: Splits, *, rule: str, num_sites: int, seed: int) -> list[dict[S
         f"partition {rule} over {num_sites} sites: no draw of {MAX_DRAWS} gave each site "
         f"{MIN_TRAIN_PATIENTS} training patients; use fewer sites or a larger concentration"
     )
+
+
+def _deal_by_column(splits: Splits, column: str, num_sites: int) -> list[dict[Split, list[Case]]]:
+    """Values with the most training patients first, each to the site with the fewest so far."""
+    every = [case for cases in splits.values() for case in cases]
+    if missing := [case for case in every if not case.columns.get(column)]:
+        known = ", ".join(every[0].columns) or "none: only csv tables have columns"
+        raise ConfigError(
+            f"partition column:{column}: {missing[0].name} has no value there (columns: {known})"
+        )
+    value_of = {case.patient: case.columns[column] for case in reversed(every)}
+    patients = {case.patient for case in splits[Split.TRAIN]}
+    num_patients = Counter(value_of[patient] for patient in patients)
+    values = sorted(set(value_of.values()), key=lambda value: (-num_patients[value], value))
+    if len([value for value in values if num_patients[value]]) < num_sites:
+        raise ConfigError(
+            f"partition column:{column}: {len(num_patients)} values with training patients cannot "
+            f"make {num_sites} sites"
+        )
+    size_of, site_of = [0] * num_sites, {}
+    for value in values:
+        site_of[value] = min(range(num_sites), key=size_of.__getitem__)
+        size_of[site_of[value]] += num_patients[value]
+    return [
+        {
+            split: [case for case in cases if site_of[value_of[case.patient]] == site]
+            for split, cases in splits.items()
+        }
+        for site in range(num_sites)
+    ]
 
 
 def _draw_shares(
@@ -95,6 +134,8 @@ def _deal_patients(
 
 def _group(case: Case) -> int:
     """The class that a patient is dealt out by; of several labels, the first that is present."""
+    if case.target is None:
+        return 0
     if case.target.ndim == 0:
         return int(case.target)
     present = np.flatnonzero(case.target)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from client.evaluate import evaluate
+from client.examples import keep_example
 from client.session import Session
 from client.site import Site
-from client.train import train, train_privately
+from client.train import learning_rate, train, train_privately
 from common.errors import RemoteProtocolError
 from common.manifest import Manifest, check_manifest, plan_epoch
 from common.messages import Invitation, Message, Present, Purpose, RoundTask, Upload
 from common.quantize import only_counts, quantize
+from common.tasks import SegmentationTask
 from common.update import LocalUpdate
 
 
@@ -71,7 +73,7 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
 
 def local_update(task: RoundTask, site: Site) -> LocalUpdate:
     """Train as the approved study says; the message only tells which round it is."""
-    progress = (task.round_number - 1) / site.study.num_rounds
+    rate = learning_rate(site.study.training, task.round_number, site.study.num_rounds)
     if site.plan is None:
         return train(
             task.model,
@@ -79,7 +81,7 @@ def local_update(task: RoundTask, site: Site) -> LocalUpdate:
             site.study.training,
             network=site.network,
             task=site.task,
-            progress=progress,
+            rate=rate,
             rng=site.rng(task.sum_number),
         )
     return train_privately(
@@ -89,14 +91,16 @@ def local_update(task: RoundTask, site: Site) -> LocalUpdate:
         site.plan,
         network=site.network,
         task=site.task,
-        progress=progress,
+        rate=rate,
         secrets=site.secrets(task.sum_number),
     )
 
 
 def score(task: RoundTask, session: Session, site: Site) -> Upload:
     """Return the masked counts of a model on one split; nothing is trained, no weights travel."""
-    images = site.data.test if task.purpose == Purpose.TEST else site.data.validation
-    counts = evaluate(task.model, images, network=site.network, task=site.task)
+    samples = site.data.test if task.purpose == Purpose.TEST else site.data.validation
+    counts = evaluate(task.model, samples, network=site.network, task=site.task)
+    if task.purpose == Purpose.TEST and isinstance(site.task, SegmentationTask):
+        keep_example(task.model, samples, site.state_dir, network=site.network, task=site.task)
     counted = only_counts(counts, site.weight, len(task.exponents))
     return session.mask(counted, site.statement(session.run))

@@ -1,28 +1,44 @@
-"""One site of a simulation, from a run folder and the site's index."""
+"""The sites of a simulation, from a run folder and a site's index."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from client.config import simulated_table
-from client.dataset import Deal, count_training_units, load_site_data
+import torch
+
+from client.config import Budget, simulated_table
+from client.dataset import (
+    Deal,
+    Samples,
+    SiteData,
+    count_training_units,
+    load_site_data,
+)
+from client.images import Images, Scans
 from client.site import Site, open_site, pick_device
 from common.simulation import Simulation
 from common.study import Study
 
 
-def simulated_site(
-    study: Study, simulation: Simulation, index: int, *, run_dir: Path, device: str = "cpu"
-) -> Site:
-    """Open site ``index`` of a simulation.
+@dataclass(frozen=True)
+class Source:
+    """Where one simulated site has its images; nothing is opened yet but file names and labels."""
 
-    Its declared number of patients is what the partition gave it; its journal is kept in
-    ``<run_dir>/sites/<name>``.
+    data_name: str
+    num_units: int  # what the site declares: training patients, or images where they are the unit
+    budget: Budget | None
+    load: Callable[[], SiteData]
+
+
+def source_of(study: Study, simulation: Simulation, index: int) -> Source:
+    """The images of site ``index``: its part of a shared data set, or its own phantoms.
 
     Raises:
       ConfigError: The ``[data]`` table is wrong.
-      DataError: The images cannot be used.
+      DataError: The files cannot be used.
     """
     table = dict(simulation.data)
     if simulation.generates_data:
@@ -34,14 +50,70 @@ def simulated_site(
     declared = data.declared_patients if dealt is None else None
     if declared is None:  # the harness declares for the site what the partition gave it
         declared = count_training_units(data, study, dealt)
+    return Source(data.name, declared, config.budget, partial(load_site_data, data, study, dealt))
+
+
+def simulated_site(
+    study: Study, simulation: Simulation, index: int, *, run_dir: Path, device: str = "cpu"
+) -> Site:
+    """Open site ``index`` of a simulation; its journal is kept in ``<run_dir>/sites/<name>``.
+
+    Raises:
+      ConfigError: The ``[data]`` table is wrong.
+      DataError: The images cannot be used.
+    """
     name = study.site_names[index]
+    return site_over(
+        source_of(study, simulation, index), name, study, run_dir=run_dir, device=device
+    )
+
+
+def site_over(source: Source, name: str, study: Study, *, run_dir: Path, device: str) -> Site:
+    """A simulated site over these images."""
     return open_site(
         name,
         study,
-        functools.partial(load_site_data, data, study, dealt),
-        data_name=data.name,
-        weight=declared,
-        budget=config.budget,
+        source.load,
+        data_name=source.data_name,
+        weight=source.num_units,
+        budget=source.budget,
         state_dir=run_dir / "sites" / name,
         device=pick_device(device),
+    )
+
+
+def pooled(sources: Sequence[Source], trained_on: int | None) -> Source:
+    """One source that trains on all sites' images, or on one site's, and is tested on all.
+
+    Patients of different sites are different people, even where their ids are equal.
+    """
+
+    def load() -> SiteData:
+        parts = [source.load() for source in sources]
+        chosen = parts if trained_on is None else [parts[trained_on]]
+        return SiteData(
+            _joined([part.train for part in chosen]),
+            _joined([part.validation for part in chosen]),
+            _joined([part.test for part in parts]),
+            num_skipped=sum(part.num_skipped for part in parts),
+        )
+
+    first = sources[0]
+    counted = sources if trained_on is None else [sources[trained_on]]
+    return replace(first, num_units=sum(source.num_units for source in counted), load=load)
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    patients = tuple(
+        f"{site}/{patient}" for site, part in enumerate(parts) for patient in part.patients
+    )
+    if all(isinstance(part, Scans) for part in parts):
+        pixels = tuple(each for part in parts for each in part.pixels)
+        targets = tuple(each for part in parts for each in part.targets)
+        return Scans(pixels, targets, patients, parts[0].patch)  # type: ignore[union-attr]
+    filled = [part for part in parts if len(part)] or list(parts[:1])
+    return Images(
+        torch.cat([part.pixels for part in filled]),  # type: ignore[misc]
+        torch.cat([part.targets for part in filled]),  # type: ignore[misc]
+        patients,
     )

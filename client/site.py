@@ -39,6 +39,7 @@ class Site:
     ledger: Ledger
     plan: PrivacyPlan | None  # None in a study without privacy
     load: Callable[[], SiteData]
+    state_dir: Path  # on this site's disk: journal, ledgers, its own example
 
     @functools.cached_property
     def data(self) -> SiteData:
@@ -119,12 +120,13 @@ def open_site(
         # The true count would tell whether one patient is there: the rounded constant is public.
         weight=plan.num_public if plan else weight,
         network=network,
-        first_model=digest_of_weights(network.vector()),
+        first_model=digest_of_weights(network),
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
         ledger=Ledger(state_dir / "ledgers" / f"{data_name}.jsonl", data_name, budget),
         plan=plan,
         load=load,
+        state_dir=state_dir,
     )
     if plan is not None:
         check_private_training(site, plan, budget)

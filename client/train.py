@@ -13,7 +13,8 @@ from torch import Tensor
 
 from client.augment import augment
 from client.clipping import PerImageEngine, Units
-from client.dataset import Images
+from client.dataset import Samples
+from client.images import Batch, Scans
 from client.noise import Keystream
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan
@@ -21,17 +22,15 @@ from common.study import Augmentation, Training
 from common.tasks import Task
 from common.update import LocalUpdate
 
-Batch = tuple[Tensor, Tensor]  # pixels (batch, channels, ...), targets (batch, ...)
-
 
 def train(
     model: NDArray[np.float32],
-    images: Images,
+    images: Samples,
     training: Training,
     *,
     network: FlatNetwork,
     task: Task,
-    progress: float,
+    rate: float,
     rng: torch.Generator,
 ) -> LocalUpdate:
     """Train on local images and return what changed.
@@ -42,7 +41,7 @@ def train(
       training: The approved study's ``[training]``.
       network: A network of the study's model; its weights are overwritten.
       task: Gives the loss.
-      progress: Share of the run that is over, 0 to 1; drives the schedule.
+      rate: This round's learning rate.
       rng: Order of images and augmentation.
 
     Returns:
@@ -52,25 +51,28 @@ def train(
     network.module.train()
     # Dropout draws from torch's own generator: it too must depend on site and sum alone.
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
-    optimizer = _optimizer(network, training, progress)
-    loss_of = task.local_loss(images.targets)
+    optimizer = _optimizer(network, training, rate)
+    # Only labels of whole images say how common a class is at the site.
+    labels = None if isinstance(images, Scans) else images.targets
+    loss_of = task.local_loss(labels)
+    start = network.values.clone()
     made = batches(images, training, rng)
     if torch.get_num_threads() == 1:  # beside a team of threads a second team costs more
         made = _ahead(made)
     for pixels, targets in made:
         network.gradients.zero_()
-        loss = loss_of(network(pixels), targets)
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=training.mixed_precision):
+            outputs = network(pixels)
+        loss = loss_of(outputs.float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
+        _pull_back(network, start, training)
         optimizer.step()
     return LocalUpdate(network.vector() - model)
 
 
-def _optimizer(network: FlatNetwork, training: Training, progress: float) -> torch.optim.Optimizer:
+def _optimizer(network: FlatNetwork, training: Training, rate: float) -> torch.optim.Optimizer:
     """An optimizer over the flat vector: one tensor, and so one update per step."""
     network.values.grad = network.gradients
-    rate = training.learning_rate
-    if training.schedule == "cosine":
-        rate *= 0.5 * (1 + math.cos(math.pi * progress))
     decay = training.weight_decay
     if training.optimizer == "sgd":
         return torch.optim.SGD(
@@ -80,18 +82,46 @@ def _optimizer(network: FlatNetwork, training: Training, progress: float) -> tor
     return kind([network.values], lr=rate, weight_decay=decay, fused=True)
 
 
-def batches(images: Images, training: Training, rng: torch.Generator) -> Iterator[Batch]:
-    """Shuffled batches: whole epochs, or as many steps as the study says."""
+def _pull_back(network: FlatNetwork, start: Tensor, training: Training) -> None:
+    """Add the gradient of FedProx's term, proximal / 2 times the squared distance from the start.
+
+    Source:
+      Li et al. (2020), Federated Optimization in Heterogeneous Networks.
+    """
+    if training.proximal:
+        network.gradients.add_(network.values.detach() - start, alpha=training.proximal)
+
+
+def learning_rate(training: Training, round_number: int, num_rounds: int) -> float:
+    """The rate of one round, 1 to num_rounds: warm-up first, then the schedule over the rest."""
+    if round_number <= training.warmup_rounds:
+        return training.learning_rate * round_number / (training.warmup_rounds + 1)
+    passed = round_number - 1 - training.warmup_rounds
+    progress = passed / max(1, num_rounds - training.warmup_rounds)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[training.schedule]
+    return training.learning_rate * factor
+
+
+def batches(images: Samples, training: Training, rng: torch.Generator) -> Iterator[Batch]:
+    """Shuffled batches: whole epochs, or as many steps as the study says.
+
+    Patches are drawn from any scan each time, so that few scans still fill a batch.
+    """
     num_per_epoch = math.ceil(len(images) / training.batch_size)
     num_steps = training.local_steps or num_per_epoch * (training.local_epochs or 1)
     order: list[Tensor] = []
     for _ in range(num_steps):
-        if not order:
+        if isinstance(images, Scans):
+            order = [torch.randint(len(images), (training.batch_size,), generator=rng)]
+        elif not order:
             shuffled = torch.randperm(len(images), generator=rng)
             order = list(torch.split(shuffled, training.batch_size))
         chosen = order.pop(0)
-        pixels = augment(images.pixels[chosen], training.augmentation, rng)
-        yield pixels, images.targets[chosen]
+        yield augment(*images.draw(chosen, rng), training.augmentation, rng)
 
 
 def _ahead(made: Iterator[Batch]) -> Iterator[Batch]:
@@ -105,13 +135,13 @@ def _ahead(made: Iterator[Batch]) -> Iterator[Batch]:
 
 def train_privately(
     model: NDArray[np.float32],
-    images: Images,
+    images: Samples,
     training: Training,
     plan: PrivacyPlan,
     *,
     network: FlatNetwork,
     task: Task,
-    progress: float,
+    rate: float,
     secrets: Keystream,
 ) -> LocalUpdate:
     """Train by DP-SGD: what the noise covers is each unit's whole record.
@@ -123,7 +153,7 @@ def train_privately(
       plan: Noise, sampling probability, steps and the study's terms for this site.
       network: A network of the study's model; its weights are overwritten.
       task: Gives the loss.
-      progress: Share of the run that is over, 0 to 1; drives the schedule.
+      rate: This round's learning rate.
       secrets: The draw of units, their images, augmentation and noise.
 
     Returns:
@@ -135,8 +165,9 @@ def train_privately(
     network.load(model)
     network.module.train()
     torch.manual_seed(int(secrets.integers(1)[0] >> np.uint64(1)))
-    optimizer = _optimizer(network, training, progress)
+    optimizer = _optimizer(network, training, rate)
     loss_of = task.local_loss(None)
+    start = network.values.clone()
     engine = PerImageEngine(network)
     members = _members(images, plan.terms.unit)
     clip_norm = plan.terms.example_clip_norm
@@ -147,29 +178,31 @@ def train_privately(
         noise = torch.from_numpy(secrets.gaussians(len(total))).to(total.device)
         # An empty draw is noised and stepped like any other: skipping it would tell that it was.
         network.gradients.copy_((total + scale * noise) / plan.batch_size)
+        # After the noise: the term depends on the weights alone, and clipping must not see it.
+        _pull_back(network, start, training)
         optimizer.step()
     return LocalUpdate(network.vector() - model)
 
 
 def draw_units(
-    images: Images,
+    images: Samples,
     members: list[NDArray[np.int64]],
     augmentation: Augmentation,
     plan: PrivacyPlan,
     secrets: Keystream,
 ) -> Units:
-    """Each unit with the sampling probability, and at most K of the images of each."""
+    """Each unit with the sampling probability, and of each at most K images, or K patches."""
     drawn = np.flatnonzero(secrets.uniforms(len(members)) < plan.event.sampling_probability)
-    chosen = [_some(members[unit], plan.terms.max_images_per_patient, secrets) for unit in drawn]
+    most = plan.terms.max_images_per_patient
+    some = _patches if isinstance(images, Scans) else _some
+    chosen = [some(members[unit], most, secrets) for unit in drawn]
     rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *chosen]))
     rng = torch.Generator().manual_seed(int(secrets.integers(1)[0] >> np.uint64(1)))
-    pixels = images.pixels[rows]
-    if len(rows):
-        pixels = augment(pixels, augmentation, rng)
-    return Units(pixels, images.targets[rows], tuple(len(unit) for unit in chosen))
+    pixels, targets = augment(*images.draw(rows, rng), augmentation, rng)
+    return Units(pixels, targets, tuple(len(unit) for unit in chosen))
 
 
-def _members(images: Images, unit: str) -> list[NDArray[np.int64]]:
+def _members(images: Samples, unit: str) -> list[NDArray[np.int64]]:
     """Rows of each privacy unit's images."""
     if unit == "image":
         return [np.array([row]) for row in range(len(images))]
@@ -184,3 +217,9 @@ def _some(rows: NDArray[np.int64], most: int, secrets: Keystream) -> NDArray[np.
     if len(rows) <= most:
         return rows
     return np.sort(rows[np.argsort(secrets.integers(len(rows)))[:most]])
+
+
+def _patches(rows: NDArray[np.int64], num: int, secrets: Keystream) -> NDArray[np.int64]:
+    """The scan of each of ``num`` patches: any of the unit's, each time anew."""
+    chosen: NDArray[np.int64] = rows[secrets.integers(num) % np.uint64(len(rows))]
+    return chosen

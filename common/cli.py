@@ -15,7 +15,9 @@ from common.errors import FederationError
 StudyOption = Annotated[Path, typer.Option(help="Study file (TOML).")]
 SitesOption = Annotated[int, typer.Option(help="Number of sites, 3 to 255.")]
 DataOption = Annotated[str, typer.Option(help="Replaces data.root of the study's .site.toml.")]
-PartitionOption = Annotated[str, typer.Option(help="iid (default) or dirichlet:ALPHA.")]
+PartitionOption = Annotated[
+    str, typer.Option(help="iid (default), dirichlet:ALPHA or column:NAME.")
+]
 SetOption = Annotated[list[str], typer.Option("--set", help="key=value; replaces a value.")]
 RunDirOption = Annotated[Path | None, typer.Option(help="Default: runs/<study name>.")]
 SeedOption = Annotated[int | None, typer.Option(help="Replaces the study's seed.")]

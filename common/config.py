@@ -189,7 +189,7 @@ def _problems(
     for problem in error.errors(include_url=False, include_input=False):
         if skip_missing and problem["type"] in ("missing", "union_tag_not_found"):
             continue
-        keys = _keys(problem["loc"], table)
+        keys = _keys(problem["loc"], table, is_missing=problem["type"] == "missing")
         text = problem["msg"]
         context = problem.get("ctx", {})
         if problem["type"] in ("union_tag_invalid", "union_tag_not_found"):
@@ -204,7 +204,9 @@ def _problems(
         yield ".".join(keys), text.removeprefix("Value error, ")
 
 
-def _keys(location: Sequence[str | int], table: Mapping[str, Any]) -> list[str]:
+def _keys(
+    location: Sequence[str | int], table: Mapping[str, Any], *, is_missing: bool
+) -> list[str]:
     """The path as the file has it: pydantic also names the member of a union, the file does not."""
     keys: list[str] = []
     here: Any = table
@@ -213,7 +215,7 @@ def _keys(location: Sequence[str | int], table: Mapping[str, Any]) -> list[str]:
         inside = isinstance(here, list) and isinstance(step, int)
         if known or inside:
             here = here[step]
-        elif position < len(location) - 1:
+        elif position < len(location) - 1 or not is_missing:
             continue
         keys.append(str(step))
     return keys

@@ -21,7 +21,7 @@ from common.study import MIN_SITES, Study
 
 STUDY = "study.toml"  # in a run folder
 SIMULATION = "simulation.toml"
-PARTITION = re.compile(r"iid|dirichlet:(\d+(\.\d*)?|\.\d+)")
+PARTITION = re.compile(r"iid|column:.+|dirichlet:(\d+(\.\d*)?|\.\d+)")
 
 
 class Simulation(Frozen):
@@ -36,7 +36,7 @@ class Simulation(Frozen):
     @classmethod
     def _check_partition(cls, rule: str) -> str:
         if not _is_partition(rule):
-            raise ValueError("Input should be iid or dirichlet:A with A above 0")
+            raise ValueError("Input should be iid, dirichlet:A with A above 0 or column:NAME")
         return rule
 
     @property
@@ -134,7 +134,8 @@ def _check(
     if not MIN_SITES <= num_sites <= 255:  # noqa: PLR2004
         raise ConfigError(f"--sites {num_sites}: a secure sum takes {MIN_SITES} to 255 sites")
     if not _is_partition(partition):
-        raise ConfigError(f"--partition {partition}: expected iid or dirichlet:A with A > 0")
+        rules = "iid, dirichlet:A with A > 0 or column:NAME"
+        raise ConfigError(f"--partition {partition}: expected {rules}")
     given = {"num_sites": num_sites, "partition": partition, "data": table, "budget": budget}
     return validate(given, Simulation, source=Path("site.toml"))
 

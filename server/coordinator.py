@@ -11,14 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from common.errors import RemoteProtocolError, RoundAborted
 from common.manifest import Manifest, plan_epoch
 from common.messages import Invitation, Present, Purpose, Refusal, RoundTask
 from common.models.build import build_network, digest_of_weights
-from common.models.flat import Schema
+from common.models.flat import FlatNetwork, Schema
 from common.study import Study
 from common.tasks import Figures, Task, task_of
 from server.network import Network
@@ -29,6 +26,7 @@ from server.state import (
     best_round,
     finished,
     initial_state,
+    returned_model,
     test_task,
     training_task,
     validation_task,
@@ -66,9 +64,8 @@ class Coordinator:
         self.run_dir = run_dir
         self.observer = observer
         self.task: Task = task_of(study)
-        first = build_network(study)
-        self.schema: Schema = first.schema
-        self.first_model: NDArray[np.float32] = first.vector()
+        self.first: FlatNetwork = build_network(study)
+        self.schema: Schema = self.first.schema
 
 
 def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> Summary:
@@ -94,7 +91,7 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
     manifest = agree(this)
     state = run_dir.latest(this.schema)
     if state is None:
-        state = initial_state(study, manifest, this.first_model)
+        state = initial_state(study, manifest, this.first.vector())
         run_dir.save_model(0, state.model, this.schema)
     observer.started(study, state.round_number, manifest.members)
     while not finished(state, study):
@@ -124,7 +121,7 @@ def agree(this: Coordinator) -> Manifest:
         this.study,
         this.schema,
         this.task,
-        first_model=digest_of_weights(this.first_model),
+        first_model=digest_of_weights(this.first),
         epoch=1,
         nonce=secrets.token_hex(16),
     )
@@ -151,9 +148,9 @@ def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
         state = state.scored(figures)
         this.run_dir.save_state(state)
     returned = best_round(state, this.study)
-    model = this.run_dir.model(returned, this.schema)
+    model = returned_model(state, this.study, this.run_dir.model(returned, this.schema))
     _, final = evaluated(this, manifest, state, test_task(state, manifest, model, returned))
-    digest = this.run_dir.save_final(model, this.schema)
+    digest = this.run_dir.save_final(model, this.schema, this.first.kept())
     rounds = this.run_dir.rounds()
     seconds = [line["seconds"] for line in rounds]
     sums = [*rounds, *this.run_dir.evaluations()]

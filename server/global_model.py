@@ -18,12 +18,14 @@ OptimizerState = dict[str, Vector]
 
 def initial_optimizer_state(config: ServerOptimizer, model: Vector) -> OptimizerState:
     """Arrays the optimizer carries from round to round, each of shape (num_params,)."""
+    state = {"ema": np.zeros_like(model)} if config.ema else {}
     if isinstance(config, FedAvg):
-        return {}
+        return state
     if isinstance(config, FedAvgM):
-        return {"momentum": np.zeros_like(model)}
+        return {**state, "momentum": np.zeros_like(model)}
     # Reddi et al. start the second moment at tau squared, which bounds the first steps.
     return {
+        **state,
         "first": np.zeros_like(model),
         "second": np.full_like(model, config.tau**2),
     }
@@ -43,9 +45,28 @@ def apply_mean_update(
     Returns:
       The next model and the state for the next step.
     """
+    following, moments = _step(model, update, state, config)
+    if config.ema:
+        moments = {**moments, "ema": moving_average(state["ema"], following, config.ema)}
+    return following, moments
+
+
+def moving_average(average: Vector, model: Vector, decay: float) -> Vector:
+    """One step of an exponential moving average that starts at zero."""
+    return np.float32(decay) * average + np.float32(1 - decay) * model
+
+
+def averaged_model(state: OptimizerState, config: ServerOptimizer, num_rounds: int) -> Vector:
+    """The average of the models after rounds 1 to ``num_rounds``; their weights add up to 1."""
+    return state["ema"] / np.float32(1 - config.ema**num_rounds)
+
+
+def _step(
+    model: Vector, update: Vector, state: OptimizerState, config: ServerOptimizer
+) -> tuple[Vector, OptimizerState]:
     rate = np.float32(config.learning_rate)
     if isinstance(config, FedAvg):
-        return model + rate * update, state
+        return model + rate * update, {}
     if isinstance(config, FedAvgM):
         momentum = np.float32(config.momentum) * state["momentum"] + update
         return model + rate * momentum, {"momentum": momentum}

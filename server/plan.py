@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from common.models.build import build_network
 from common.plan import plan_privacy
-from common.study import NoPrivacy, Study
+from common.study import Classification, NoPrivacy, Study
 from common.tasks import task_of
 
 SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients
@@ -23,7 +23,8 @@ def plan_lines(study: Study) -> Iterator[str]:
     yield f"digest {study.digest()}"
     yield f"privacy: {privacy_sentence(study)}"
     yield from privacy_table(study)
-    yield f"task: {study.task.labels} {study.task.kind} of {', '.join(study.task.classes)}"
+    labels = f"{study.task.labels} " if isinstance(study.task, Classification) else ""
+    yield f"task: {labels}{study.task.kind} of {', '.join(study.task.classes)}"
     num_params, num_tensors = schema.num_params, len(schema.names)
     yield f"model: {study.model.name}, {num_params} parameters in {num_tensors} tensors"
     length = (

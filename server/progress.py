@@ -58,10 +58,7 @@ class ConsoleObserver:
 
     def finished_round(self, line: dict[str, Any]) -> None:
         """One line per round; the figures are those of the model the round began with."""
-        figures = line["incoming_validation"]
-        shown = "  ".join(
-            f"{name} {value:.4f}" for name, value in figures.items() if isinstance(value, float)
-        )
+        shown = figures_line(line["incoming_validation"])
         self._console.print(
             f"round {line['round']:>3}/{self._num_rounds}  {len(line['survivors'])} sites  "
             f"{line['seconds']['total']:.1f} s  validation of round {line['round'] - 1}: {shown}"
@@ -82,14 +79,18 @@ class ConsoleObserver:
             self._progress.update(self._progress.task_ids[0], **changes)
 
 
+def figures_line(figures: dict[str, Any]) -> str:
+    """The scalar figures of a model, side by side."""
+    return "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+
+
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """The result of a run in a few lines."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
     figures = summary["metrics"]["final"]
-    shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
     console.print(
         f"test ({figures['num_examples']} images, model of round "
-        f"{summary['returned_round']}): {shown}"
+        f"{summary['returned_round']}): {figures_line(figures)}"
     )
     console.print(f"final_model_sha256 {summary['final_model_sha256']}")
     console.print(f"{summary['wall_s']['total']:.1f} s; run folder {folder}")

@@ -212,9 +212,11 @@ class RunDir:
         path = self.path / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    def save_final(self, model: NDArray[np.float32], schema: Schema) -> str:
-        """Write the returned model without metadata; its file's SHA-256."""
-        content = save(schema.split(model))
+    def save_final(
+        self, model: NDArray[np.float32], schema: Schema, kept: Mapping[str, NDArray[np.float32]]
+    ) -> str:
+        """Write the returned model, its frozen part too, without metadata; its file's SHA-256."""
+        content = save({**schema.split(model), **kept})
         self._write(FINAL, content)
         return hashlib.sha256(content).hexdigest()
 

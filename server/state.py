@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,7 +13,12 @@ from common.messages import Purpose, RoundTask
 from common.quantize import next_exponents
 from common.study import Study
 from common.tasks import Figures
-from server.global_model import OptimizerState, apply_mean_update, initial_optimizer_state
+from server.global_model import (
+    OptimizerState,
+    apply_mean_update,
+    averaged_model,
+    initial_optimizer_state,
+)
 from server.secure_sum import Total
 
 HIGHER_IS_BETTER = {"loss": False}  # every other figure is better when larger
@@ -128,11 +134,23 @@ def best_round(state: State, study: Study) -> int:
     stopping = study.training.early_stopping
     if stopping is None:
         return state.round_number
-    figures = [known[stopping.figure] for known in state.validation[1:]]
-    if not HIGHER_IS_BETTER.get(stopping.figure, True):
-        figures = [None if value is None else -value for value in figures]
-    ranked = [-np.inf if value is None else value for value in figures]
-    return 1 + int(np.argmax(ranked)) if ranked else state.round_number
+    return best_of(state.validation[1:], stopping.figure) or state.round_number
+
+
+def best_of(by_round: Sequence[Figures], figure: str) -> int:
+    """The round, from 1, with the best value of a figure; of equal rounds the first; 0 of none."""
+    values = [known[figure] for known in by_round]
+    if not HIGHER_IS_BETTER.get(figure, True):
+        values = [None if value is None else -value for value in values]
+    ranked = [-np.inf if value is None else value for value in values]
+    return 1 + int(np.argmax(ranked)) if ranked else 0
+
+
+def returned_model(state: State, study: Study, model: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the run returns: the average of its models where the study asks for one."""
+    if not study.server_optimizer.ema:
+        return model
+    return averaged_model(state.optimizer, study.server_optimizer, state.round_number)
 
 
 def _task(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from client.config import Data, FolderData, NpzData
+from client.config import CsvData, Data, FolderData, NpzData
 from client.readers.case import Case, Wanted
+from client.readers.csv import read_csv
 from client.readers.folder import read_folder
 from client.readers.npz import read_npz
 from client.readers.phantom import read_phantoms
@@ -21,4 +22,6 @@ def read_cases(data: Data, wanted: Wanted) -> list[Case]:
         return read_npz(data, wanted)
     if isinstance(data, FolderData):
         return read_folder(data, wanted)
+    if isinstance(data, CsvData):
+        return read_csv(data, wanted)
     return read_phantoms(data, wanted)

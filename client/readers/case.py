@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.study import Study
+from common.study import Classification, Study
+
+Labels = Literal["binary", "multiclass", "multilabel", "masks"]
 
 
 class Split(StrEnum):
@@ -29,30 +31,38 @@ class Case:
       name: File, or place in the file, for error messages.
       patient: The patient's id; images of one patient share a split and one clip.
       split: The data set's own split, or None where it has none.
-      target: A class index, or one 0/1 entry per label.
-      load: Reads the pixels, shape (channels, height, width), any number type.
+      target: A class index, or one 0/1 entry per label; None where the target is a mask.
+      load: Reads the pixels, shape (channels, *size), any number type.
+      load_mask: Reads the mask, shape (*size): numbers of classes, ``OUTSIDE`` where it is not
+        valid; None where the target is a label.
+      columns: What a table says of the case, by column; a simulation may deal it out by one.
     """
 
     name: str
     patient: str
     split: Split | None
-    target: NDArray[np.int64]
+    target: NDArray[np.int64] | None
     load: Callable[[], NDArray[Any]]
+    load_mask: Callable[[], NDArray[np.uint8]] | None = None
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Wanted:
     """What a study expects a data set to hold."""
 
-    labels: str  # binary, multiclass or multilabel
+    labels: Labels
     classes: tuple[str, ...]
     channels: int
     size: tuple[int, ...]  # pixels
+    colour: str = "luminance"  # which grey value of a colour file, where channels is 1
 
     @classmethod
     def by(cls, study: Study) -> Wanted:
         """What this study expects."""
-        return cls(study.task.labels, study.task.classes, study.input.channels, study.input.size)
+        labels: Labels = study.task.labels if isinstance(study.task, Classification) else "masks"
+        config = study.input
+        return cls(labels, study.task.classes, config.channels, config.size, config.colour)
 
 
 def class_target(index: int, wanted: Wanted) -> NDArray[np.int64]:

@@ -34,6 +34,8 @@ def read_npz(data: NpzData, wanted: Wanted) -> list[Case]:
       DataError: The file is missing or broken, an array is missing or has another shape, or a
         label is not one of the study's classes.
     """
+    if wanted.labels == "masks":
+        raise DataError(f"data set {data.name}: npz files hold labels; masks need folder or csv")
     with open_npz(data.root) as (path, arrays):
         return [case for split in Split for case in _read_split(path, arrays, split, data, wanted)]
 

@@ -18,8 +18,13 @@ def batch_to_group_norm(network: nn.Module) -> nn.Module:
     """
     for name, child in network.named_children():
         if isinstance(child, _BatchNorm):
-            groups = math.gcd(MAX_GROUPS, child.num_features)
-            setattr(network, name, nn.GroupNorm(groups, child.num_features))
+            setattr(network, name, _group_norm(child.num_features))
         else:
             batch_to_group_norm(child)
     return network
+
+
+def _group_norm(num_features: int) -> nn.GroupNorm:
+    """At most 32 groups of two maps or more: one map may be a single pixel, without spread."""
+    half = num_features // 2 if num_features % 2 == 0 else 1
+    return nn.GroupNorm(math.gcd(MAX_GROUPS, half), num_features)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from common.study import Study
+from common.study import Classification, Study
 from common.tasks.base import Figures, Loss, Task
 from common.tasks.classification import ClassificationTask
+from common.tasks.segmentation import SegmentationTask
 
-__all__ = ["Figures", "Loss", "Task", "task_of"]
+__all__ = ["ClassificationTask", "Figures", "Loss", "SegmentationTask", "Task", "task_of"]
 
 
 def task_of(study: Study) -> Task:
     """The task a study names."""
-    return ClassificationTask(study.task, adjust_logits=study.training.logit_adjustment)
+    training = study.training
+    if isinstance(study.task, Classification):
+        return ClassificationTask(
+            study.task, training.loss, adjust_logits=training.logit_adjustment
+        )
+    return SegmentationTask(study.task, training.loss, study.input.size)

@@ -6,7 +6,7 @@ federation are those of the pooled images, and no site's own score has to leave 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,8 +26,8 @@ class Task(Protocol):
         """The training loss, mean over a batch.
 
         Args:
-          targets: All training targets of the site, for a loss that adapts to its class shares;
-            None for the plain loss.
+          targets: All labels the site trains on, for a loss that adapts to its class shares; None
+            for the plain loss.
         """
         ...
 
@@ -42,3 +42,14 @@ class Task(Protocol):
     def figures(self, counts: NDArray[np.int64]) -> Figures:
         """Figures from summed counts, ready for JSON; what is undefined is None."""
         ...
+
+
+def ratio(part: float, whole: float) -> float | None:
+    """A share; None where there is nothing to share."""
+    return float(part) / float(whole) if whole else None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of what is defined; None if nothing is."""
+    defined = [value for value in values if value is not None]
+    return sum(defined) / len(defined) if defined else None

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.quantize import FIXED_POINT
-from common.study import Classification
-from common.tasks.base import Figures, Loss
+from common.study import Classification, TrainingLoss
+from common.tasks.base import Figures, Loss, mean, ratio
+from common.tasks.losses import surprise, surprise_by_label
 
 NUM_BINS = 1024
 LOGIT_RANGE = 64.0  # scores beyond sigmoid(+-64) share the outermost bins
@@ -40,7 +41,8 @@ class Counts:
 class ClassificationTask:
     """Loss, counts and figures of ``common.study.Classification``."""
 
-    def __init__(self, config: Classification, *, adjust_logits: bool) -> None:
+    def __init__(self, config: Classification, loss: TrainingLoss, *, adjust_logits: bool) -> None:
+        self.loss = loss
         self.labels = config.labels
         self.num_outputs = config.num_outputs
         self.classes = config.classes
@@ -109,13 +111,13 @@ class ClassificationTask:
         num_examples = int(view.num_examples[0])
         true_positive, predicted, actual = self._class_totals(view.confusion)
         return {
-            "loss": _ratio(float(view.loss[0]) / FIXED_POINT, num_examples),
+            "loss": ratio(float(view.loss[0]) / FIXED_POINT, num_examples),
             "num_examples": num_examples,
-            "auroc": _mean([auroc(without, having) for without, having in view.scores]),
-            "accuracy": _ratio(int(view.all_right[0]), num_examples),
-            "precision": _mean(map(_ratio, true_positive, predicted)),
-            "recall": _mean(map(_ratio, true_positive, actual)),
-            "f1": _mean(map(_ratio, 2 * true_positive, predicted + actual)),
+            "auroc": mean([auroc(without, having) for without, having in view.scores]),
+            "accuracy": ratio(int(view.all_right[0]), num_examples),
+            "precision": mean(map(ratio, true_positive, predicted)),
+            "recall": mean(map(ratio, true_positive, actual)),
+            "f1": mean(map(ratio, 2 * true_positive, predicted + actual)),
             "confusion": (
                 view.confusion if self.labels == "multilabel" else view.confusion[0]
             ).tolist(),
@@ -134,11 +136,9 @@ class ClassificationTask:
 
     def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """One loss per image, shape (batch,)."""
-        if self.labels == "multiclass":
-            return F.cross_entropy(outputs, targets, reduction="none")
-        wanted = targets.to(outputs.dtype).reshape(outputs.shape)
-        losses = F.binary_cross_entropy_with_logits(outputs, wanted, reduction="none")
-        return losses.mean(dim=1)
+        if self.labels == "multilabel":
+            return surprise_by_label(outputs, targets, self.loss).mean(dim=1)
+        return surprise(outputs, targets, self.loss)
 
     def _log_shares(self, targets: Tensor) -> Tensor:
         """What to add to the logits, shape (num_outputs,); every class counts one image more."""
@@ -213,12 +213,3 @@ def roc_curve(
     false_positives = np.concatenate([[0], np.cumsum(without[::-1])])
     true_positives = np.concatenate([[0], np.cumsum(having[::-1])])
     return false_positives / max(1, without.sum()), true_positives / max(1, having.sum())
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return float(part) / float(whole) if whole else None
-
-
-def _mean(values: object) -> float | None:
-    defined = [value for value in values if value is not None]  # type: ignore[attr-defined]
-    return float(sum(defined) / len(defined)) if defined else None

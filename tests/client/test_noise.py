@@ -9,7 +9,7 @@ from federation import tiny_study
 from numpy.typing import NDArray
 from scipy import stats
 
-from client.dataset import Images
+from client.images import Images
 from client.noise import Keystream
 from client.train import draw_units, train_privately
 from common.accounting import Event
@@ -70,11 +70,11 @@ def test_the_noise_really_is_in_what_leaves_the_training() -> None:
         return train_privately(
             start,
             _images(40, 1),
-            study.training.model_copy(update={"learning_rate": 1.0}),
+            study.training,
             _private(probability, 1, noise),
             network=network,
             task=task,
-            progress=0.0,
+            rate=1.0,
             secrets=Keystream.from_seed("seam"),
         ).values.astype(np.float64)
 

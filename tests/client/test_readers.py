@@ -483,7 +483,7 @@ def test_phantoms_depend_on_seed_and_site_alone() -> None:
     [
         ({"labels": "multiclass", "classes": tuple("abc")}, "two classes"),
         ({"channels": 3}, "grey images"),
-        ({"size": (32, 48)}, r"square, .* input\.size is \[32, 48\]"),
+        ({"size": (32, 48)}, r"equal sides .* input\.size is \[32, 48\]"),
     ],
 )
 def test_a_study_that_phantoms_do_not_fit_is_refused(change: dict[str, Any], sentence: str) -> None:

@@ -119,7 +119,8 @@ def test_the_answer_is_the_trained_update_and_the_score_of_the_incoming_model(
     )  # fmt: skip
     wanted = train(
         asked.model, site.data.train, site.study.training,
-        network=site.network, task=site.task, progress=0.0, rng=site.rng(0),
+        network=site.network, task=site.task, rng=site.rng(0),
+        rate=site.study.training.learning_rate,
     ).values  # fmt: skip
     half_step = 2.0 ** asked.exponents[0] / 2 * 40 / site.weight
     assert np.abs(mean - wanted).max() <= half_step + 1e-7

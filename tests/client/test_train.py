@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.augment import augment
-from client.dataset import Images
 from client.evaluate import BATCH, evaluate
-from client.train import batches, train
+from client.images import Images
+from client.train import batches, learning_rate, train
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
 from common.study import Augmentation, Study
@@ -39,6 +39,11 @@ def images(num: int = 20, size: int = 16, seed: int = 5) -> Images:
     return Images(pixels, targets, tuple(map(str, range(num))))
 
 
+def augmented(batch: Tensor, config: Augmentation, rng: torch.Generator) -> Tensor:
+    """The images alone: labels never change."""
+    return augment(batch, torch.zeros(len(batch)), config, rng)[0]
+
+
 class Trainer:
     """A network and a task of one study, to train with as often as needed."""
 
@@ -48,14 +53,16 @@ class Trainer:
         self.task: Task = task_of(study)
         self.model = self.network.vector()
 
-    def train(self, data: Images, *, seed: int = 1, progress: float = 0.0) -> NDArray[np.float32]:
+    def train(
+        self, data: Images, *, seed: int = 1, rate: float | None = None
+    ) -> NDArray[np.float32]:
         return train(
             self.model,
             data,
             self.study.training,
             network=self.network,
             task=self.task,
-            progress=progress,
+            rate=self.study.training.learning_rate if rate is None else rate,
             rng=stream(seed),
         ).values
 
@@ -118,8 +125,8 @@ def test_the_update_is_local_minus_global(trainer: Callable[..., Trainer]) -> No
 def test_one_step_of_sgd_is_the_learning_rate_times_the_gradient(
     trainer: Callable[..., Trainer],
 ) -> None:
-    one, data = trainer(batch_size=64, learning_rate=0.25), images(20)
-    update = one.train(data)
+    one, data = trainer(batch_size=64), images(20)
+    update = one.train(data, rate=0.25)
     one.network.load(one.model)
     one.network.gradients.zero_()
     one.task.local_loss(None)(one.network(data.pixels), data.targets).backward()
@@ -144,21 +151,31 @@ def test_training_does_not_change_the_images(trainer: Callable[..., Trainer]) ->
     assert torch.equal(data.pixels, before)
 
 
-def test_the_cosine_schedule_falls_from_the_learning_rate_to_nothing(
-    trainer: Callable[..., Trainer],
+def test_an_update_is_as_large_as_its_rate(trainer: Callable[..., Trainer]) -> None:
+    one, data = trainer(batch_size=64), images(20)
+    whole, half, none = (np.abs(one.train(data, rate=rate)).sum() for rate in (0.05, 0.025, 0))
+    assert half == pytest.approx(whole / 2, rel=1e-3)
+    assert none == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 0, [1, 0.5 + np.sqrt(0.125), 0.5, 0.5 - np.sqrt(0.125)]),
+        ("constant", 2, [1 / 3, 2 / 3, 1, 1]),
+        ("linear", 2, [1 / 3, 2 / 3, 1, 0.5]),
+        ("cosine", 3, [0.25, 0.5, 0.75, 1]),
+    ],
+)
+def test_schedules_start_at_the_learning_rate_and_warm_up_to_it(
+    schedule: str, warmup: int, expected: list[float], make_study: Callable[..., Study]
 ) -> None:
-    one, data = trainer(schedule="cosine", batch_size=64), images(20)
-    start, middle, late, end = (
-        np.abs(one.train(data, progress=progress)).sum() for progress in (0, 0.5, 0.75, 1)
-    )
-    assert middle == pytest.approx(start / 2, rel=1e-3)
-    assert late == pytest.approx(start * 0.5 * (1 + np.cos(0.75 * np.pi)), rel=1e-3)
-    assert end == 0
-
-
-def test_a_constant_schedule_does_not_look_at_the_progress(trainer: Callable[..., Trainer]) -> None:
-    one, data = trainer(), images()
-    assert np.array_equal(one.train(data, progress=0.0), one.train(data, progress=0.9))
+    changes = {"training.schedule": schedule, "training.warmup_rounds": warmup}
+    training = make_study({**changes, "num_rounds": 4}).training
+    rates = [learning_rate(training, number, 4) for number in (1, 2, 3, 4)]
+    assert rates == pytest.approx([0.05 * factor for factor in expected])
 
 
 def numbered(num: int) -> Images:
@@ -201,25 +218,25 @@ def test_steps_go_on_through_the_epochs(num_steps: int, make_study: Callable[...
 
 def test_without_augmentation_a_batch_is_left_alone() -> None:
     batch = images().pixels
-    assert augment(batch, Augmentation(), stream()) is batch
+    assert augmented(batch, Augmentation(), stream()) is batch
 
 
 def test_without_augmentation_nothing_is_drawn() -> None:
     rng = stream()
     before = rng.get_state()
-    augment(images().pixels, Augmentation(), rng)
+    augmented(images().pixels, Augmentation(), rng)
     assert torch.equal(rng.get_state(), before)
 
 
 @pytest.mark.parametrize("shape", [(3, 1, 16, 16), (2, 3, 9, 14)])
 def test_a_flip_is_a_flip(shape: tuple[int, ...]) -> None:
     batch = torch.randn(shape, generator=stream())
-    assert torch.allclose(augment(batch, FLIP, stream()), batch.flip(-1), atol=1e-5)
+    assert torch.allclose(augmented(batch, FLIP, stream()), batch.flip(-1), atol=1e-5)
 
 
 def test_about_half_of_the_images_are_flipped_when_the_study_says_half() -> None:
     batch = torch.randn(400, 1, 8, 8, generator=stream())
-    changed = augment(batch, Augmentation(flip=0.5), stream())
+    changed = augmented(batch, Augmentation(flip=0.5), stream())
     is_flipped = (changed - batch.flip(-1)).abs().amax((1, 2, 3)) < 1e-4
     is_same = (changed - batch).abs().amax((1, 2, 3)) < 1e-4
     assert (is_flipped ^ is_same).all()
@@ -242,7 +259,7 @@ def centre(image: Tensor) -> Tensor:
 
 def test_a_shift_moves_at_most_its_share_of_the_side() -> None:
     moved = torch.stack([
-        centre(augment(square(), Augmentation(shift=0.125), stream(seed))) - centre(square())
+        centre(augmented(square(), Augmentation(shift=0.125), stream(seed))) - centre(square())
         for seed in range(60)
     ])  # fmt: skip
     assert moved.abs().amax() <= 4 + 1e-3
@@ -253,7 +270,7 @@ def test_a_shift_moves_at_most_its_share_of_the_side() -> None:
 def test_a_rotation_keeps_the_distance_to_the_centre() -> None:
     before = centre(square())
     turned = torch.stack([
-        centre(augment(square(), Augmentation(rotate_degrees=90), stream(seed)))
+        centre(augmented(square(), Augmentation(rotate_degrees=90), stream(seed)))
         for seed in range(60)
     ])  # fmt: skip
     assert torch.allclose(turned.norm(dim=1), before.norm().expand(60), atol=0.1)
@@ -266,7 +283,7 @@ def test_a_rotation_keeps_the_distance_to_the_centre() -> None:
 
 def test_a_zoom_goes_in_and_out_up_to_its_share() -> None:
     sizes = torch.tensor([
-        augment(square(), Augmentation(zoom=0.25), stream(seed)).sum() / 16 for seed in range(60)
+        augmented(square(), Augmentation(zoom=0.25), stream(seed)).sum() / 16 for seed in range(60)
     ])  # fmt: skip
     assert 1 / 1.25**2 - 0.05 < sizes.min() < 0.85
     assert 1.3 < sizes.max() < 1 / 0.75**2 + 0.05
@@ -274,20 +291,20 @@ def test_a_zoom_goes_in_and_out_up_to_its_share() -> None:
 
 def test_contrast_brightness_and_noise_have_the_stated_size() -> None:
     flat = torch.ones(2000, 1, 8, 8)
-    bright = augment(flat, Augmentation(brightness=0.5), stream())[:, 0, 0, 0]
+    bright = augmented(flat, Augmentation(brightness=0.5), stream())[:, 0, 0, 0]
     assert 0.5 <= bright.min() < 0.52
     assert 1.48 < bright.max() <= 1.5
-    gained = augment(2 * flat, Augmentation(contrast=0.25), stream())[:, 0, 0, 0] / 2
+    gained = augmented(2 * flat, Augmentation(contrast=0.25), stream())[:, 0, 0, 0] / 2
     assert 0.75 <= gained.min() < 0.76
     assert 1.24 < gained.max() <= 1.25
-    noise = augment(flat, Augmentation(noise=0.1), stream()) - flat
+    noise = augmented(flat, Augmentation(noise=0.1), stream()) - flat
     assert noise.std().item() == pytest.approx(0.1, rel=0.02)
     assert abs(noise.mean().item()) < 0.002
 
 
 def test_every_image_of_a_batch_has_its_own_draw() -> None:
     batch = images(1).pixels.repeat(6, 1, 1, 1)
-    changed = augment(batch, Augmentation(**EVERYTHING), stream())
+    changed = augmented(batch, Augmentation(**EVERYTHING), stream())
     for one in range(6):
         for other in range(one):
             assert not torch.allclose(changed[one], changed[other], atol=1e-2)

@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.study import Classification
+from common.study import Classification, TrainingLoss
 from common.tasks.classification import MAX_LOSS, NUM_BINS, ClassificationTask, auroc, roc_curve
 
 NUM_IMAGES = 3000
@@ -27,7 +27,7 @@ CASES = [
 def task_of(labels: str, *, adjust_logits: bool = False) -> ClassificationTask:
     classes = tuple(f"class {k}" for k in range(KINDS[labels]))
     config = Classification(kind="classification", labels=labels, classes=classes)
-    return ClassificationTask(config, adjust_logits=adjust_logits)
+    return ClassificationTask(config, TrainingLoss(), adjust_logits=adjust_logits)
 
 
 def predictions(

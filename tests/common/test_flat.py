@@ -238,4 +238,4 @@ def test_batch_normalisation_is_replaced_wherever_it_hides() -> None:
     assert batch_to_group_norm(network) is network
     assert not list(batch_norms(network))
     replaced = [layer for layer in network.modules() if isinstance(layer, nn.GroupNorm)]
-    assert [(layer.num_groups, layer.num_channels) for layer in replaced] == [(16, 48), (1, 5)]
+    assert [(layer.num_groups, layer.num_channels) for layer in replaced] == [(8, 48), (1, 5)]

@@ -54,7 +54,7 @@ def test_the_federation_equals_plain_averaging_within_the_rounding_bound(tmp_pat
             study.training,
             network=site.network,
             task=task,
-            progress=0.0,
+            rate=study.training.learning_rate,
             rng=site.rng(0),
         ).values
         for site in sites.values()

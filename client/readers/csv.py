@@ -1,0 +1,134 @@
+"""Read a table that names images with their labels or masks.
+
+One row is one image. Paths are relative to ``data.root``. A class is given by its name; several
+labels by one column each, which holds 0 or 1, or by one column with the names separated by ``|``.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.config import CsvData
+from client.readers.case import Case, Split, Wanted, class_target
+from client.readers.image import read_image, read_mask
+from common.errors import DataError
+
+Row = Mapping[str, str]
+
+SPLITS = {"train": Split.TRAIN, "val": Split.VALIDATION, "test": Split.TEST}
+SPLITS |= {"training": Split.TRAIN, "validation": Split.VALIDATION, "valid": Split.VALIDATION}
+
+
+def read_csv(data: CsvData, wanted: Wanted) -> list[Case]:
+    """Cases of every row.
+
+    Raises:
+      DataError: The table is missing or empty, lacks a column, or a row's class or split is not
+        known; the message names file and line, never the row's content but the class.
+    """
+    rows = read_rows(data)
+    return [_case(data, wanted, row, line) for line, row in enumerate(rows, start=2)]
+
+
+def read_rows(data: CsvData) -> list[dict[str, str]]:
+    """The table's rows by column, with every column that the site's configuration names.
+
+    Raises:
+      DataError: The table cannot be read, is empty or lacks a column.
+    """
+    path = data.root / data.table
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            # Hospitals in much of Europe write tables with semicolons.
+            header = file.readline()
+            separator = max(",;\t", key=header.count)
+            file.seek(0)
+            reader = csv.DictReader(file, delimiter=separator, strict=True)
+            rows = [
+                {column: (value or "").strip() for column, value in row.items() if column}
+                for row in reader
+            ]
+            present = [column.strip() for column in reader.fieldnames or ()]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable table ({error}); set data.table") from None
+    asked = (data.image, data.target, data.patient, data.split, data.valid)
+    for column in filter(None, asked):
+        if column not in present:
+            raise DataError(f"{path.name}: no column {column!r}; it has {', '.join(present)}")
+    if not rows:
+        raise DataError(f"{path.name}: no row; a line per image is expected")
+    return rows
+
+
+def _case(data: CsvData, wanted: Wanted, row: Row, line: int) -> Case:
+    where = f"{data.table}, line {line}"
+    path = data.root / _filled(row, data.image, where)
+    masks = wanted.labels == "masks"
+    target = None if masks else _target(data, wanted, row, where)
+    return Case(
+        name=where,
+        patient=_filled(row, data.patient, where) if data.patient else f"line-{line}",
+        split=_split(row, data, where),
+        target=target,
+        load=partial(read_image, path, wanted.channels, wanted.colour),
+        load_mask=_mask_loader(data, wanted, row, where) if masks else None,
+        columns=row,
+    )
+
+
+def _mask_loader(data: CsvData, wanted: Wanted, row: Row, where: str) -> partial[NDArray[np.uint8]]:
+    if data.target is None:
+        raise DataError(f"{data.table}: data.target must name the column with the masks")
+    mask = data.root / _filled(row, data.target, where)
+    valid = data.root / _filled(row, data.valid, where) if data.valid else None
+    return partial(read_mask, mask, valid, len(wanted.classes))
+
+
+def _target(data: CsvData, wanted: Wanted, row: Row, where: str) -> NDArray[np.int64]:
+    if data.target is None:
+        return _columns_target(wanted, row, where)
+    value = row.get(data.target, "")
+    if wanted.labels != "multilabel":
+        return class_target(_index(value, wanted.classes, where), wanted)
+    names = [name.strip() for name in value.split("|") if name.strip()]
+    target = np.zeros(len(wanted.classes), np.int64)
+    for name in names:
+        target[_index(name, wanted.classes, where)] = 1
+    return target
+
+
+def _columns_target(wanted: Wanted, row: Row, where: str) -> NDArray[np.int64]:
+    """One column per class, named after it."""
+    if wanted.labels != "multilabel":
+        raise DataError(f"{where}: data.target must name the column with the class")
+    values = [row.get(name, "") for name in wanted.classes]
+    if unknown := [n for n, v in zip(wanted.classes, values, strict=True) if v not in ("0", "1")]:
+        raise DataError(f"{where}: column {unknown[0]!r} must be there and hold 0 or 1")
+    return np.array([value == "1" for value in values], np.int64)
+
+
+def _index(value: str, classes: Sequence[str], where: str) -> int:
+    if value not in classes:
+        raise DataError(f"{where}: {value!r} is not a class of the study: {', '.join(classes)}")
+    return classes.index(value)
+
+
+def _split(row: Row, data: CsvData, where: str) -> Split | None:
+    if data.split is None:
+        return None
+    value = _filled(row, data.split, where).lower()
+    if value not in SPLITS:
+        raise DataError(f"{where}: split {value!r} is none of train, val, test")
+    return SPLITS[value]
+
+
+def _filled(row: Row, column: str, where: str) -> str:
+    value = row.get(column, "")
+    if not value:
+        raise DataError(f"{where}: column {column!r} is empty")
+    return value

@@ -1,0 +1,131 @@
+"""The whole study, its digest, and the values that are right alone and wrong together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from common.config import Frozen
+from common.study.model import Model, model_misfits
+from common.study.privacy import DifferentialPrivacy, Privacy
+from common.study.task import Task
+from common.study.training import FedAvg, Input, Positive, ServerOptimizer, Training
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
+
+MIN_SITES = 3  # below three, a site could compute the only other site's update from the sum
+
+
+class Aggregation(Frozen):
+    """The secure sum's number format."""
+
+    ring_bits: Literal[16, 24, 32] = 32
+    weight_cap: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000  # patients; n_max
+    first_round_bound: Positive = 4.0  # largest |entry of an update| expected in round 1
+
+
+class Cohort(Frozen):
+    """Who must take part."""
+
+    min_sites: Annotated[int, Field(ge=MIN_SITES, le=255)] = MIN_SITES
+
+
+class Deadlines(Frozen):
+    """How long the coordinator waits, in seconds."""
+
+    answer_s: Positive = 3600.0
+
+
+class Member(Frozen):
+    """One site that takes part."""
+
+    name: Name
+
+
+class Study(Frozen):
+    """A whole study; ``common.config.load(path, Study)`` reads one."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
+    num_rounds: Annotated[int, Field(ge=1, le=100_000)]
+    torch_threads: Annotated[int, Field(ge=1, le=256)] = 1
+    task: Task
+    model: Model
+    input: Input
+    training: Training
+    server_optimizer: ServerOptimizer = FedAvg()
+    privacy: Privacy
+    aggregation: Aggregation = Aggregation()
+    cohort: Cohort = Cohort()
+    deadlines: Deadlines = Deadlines()
+    members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Values that are right alone and wrong together."""
+        names = [member.name for member in self.members]
+        if len(set(names)) != len(names):
+            yield "members", "two members have the same name"
+        if names and len(names) < self.cohort.min_sites:
+            yield "members", f"{len(names)} given, cohort.min_sites is {self.cohort.min_sites}"
+        yield from self._training_conflicts()
+        if isinstance(self.privacy, DifferentialPrivacy):
+            yield from self._privacy_conflicts()
+        task = self.task.kind
+        yield from model_misfits(self.model, task=task, size=self.input.size)
+        yield from self.training.loss.misfits(task=task, num_classes=len(self.task.classes))
+        if self.input.patches and task != "segmentation":
+            yield "input.patches", "a label is one of the whole image; leave patches out"
+        if self.input.patches and self.training.local_steps is None:
+            yield "training.local_epochs", "an epoch of patches has no end; give local_steps"
+        if self.input.colour != "luminance" and self.input.channels != 1:
+            yield "input.colour", "chooses one grey value; set input.channels = 1"
+
+    def _training_conflicts(self) -> Iterator[tuple[str, str]]:
+        training, stopping = self.training, self.training.early_stopping
+        if stopping and stopping.figure not in self.task.figures:
+            choices = ", ".join(self.task.figures)
+            yield "training.early_stopping.figure", f"this task has {choices}"
+        if stopping and self.server_optimizer.ema:
+            text = "returns an average of models, early stopping a single one; leave one out"
+            yield "server_optimizer.ema", text
+        if training.logit_adjustment and self.task.kind != "classification":
+            yield "training.logit_adjustment", "shifts labels of whole images; leave it out"
+        if training.warmup_rounds >= self.num_rounds > 1:
+            yield "training.warmup_rounds", f"the study has {self.num_rounds} rounds in all"
+
+    def _privacy_conflicts(self) -> Iterator[tuple[str, str]]:
+        """What would release more about a patient than the noise covers."""
+        if self.training.logit_adjustment:
+            text = "uses the site's own class shares, which are private; leave it out"
+            yield "training.logit_adjustment", text
+        if self.training.early_stopping:
+            text = "would choose by figures of patients that are not noised; leave it out"
+            yield "training.early_stopping", text
+        if self.training.loss.has_dice and self.training.loss.dice_over == "batch":
+            text = "would make one patient's gradient depend on another's; set it to image"
+            yield "training.loss.dice_over", text
+        if self.training.mixed_precision:
+            text = "rounds what the clip norm is measured on; leave it out"
+            yield "training.mixed_precision", text
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Names of the members in the study's order; a site's index is its place here."""
+        return tuple(member.name for member in self.members)
+
+    def with_members(self, names: tuple[str, ...]) -> Study:
+        """The same study with these members: a simulation fills them in."""
+        return self.model_copy(update={"members": tuple(Member(name=name) for name in names)})
+
+    def as_table(self) -> dict[str, Any]:
+        """The study as a plain table, ready for TOML; unset optional keys are left out."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of every value, defaults included; 64 hex digits."""
+        canonical = json.dumps(self.as_table(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,70 @@
+"""What a study asks of an image: a label, or a class for every pixel."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from common.config import Frozen
+
+Classes = Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
+
+
+class Classification(Frozen):
+    """One or several labels for a whole image."""
+
+    kind: Literal["classification"]
+    labels: Literal["binary", "multiclass", "multilabel"] = "binary"
+    classes: Classes
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Classification:
+        _check_names(self.classes)
+        if self.labels == "binary" and len(self.classes) != 2:  # noqa: PLR2004
+            raise ValueError("binary needs exactly two classes: the negative and the positive one")
+        if self.labels == "multiclass" and len(self.classes) < 3:  # noqa: PLR2004
+            raise ValueError("multiclass needs at least three classes; for two use binary")
+        return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers the network returns for one image."""
+        return 1 if self.labels == "binary" else len(self.classes)
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Scalar figures of this task, and so what early stopping may watch."""
+        return ("loss", "auroc", "accuracy", "precision", "recall", "f1")
+
+
+class Segmentation(Frozen):
+    """One class for every pixel or voxel of an image."""
+
+    kind: Literal["segmentation"]
+    classes: Classes  # the background first; a mask holds their numbers, from 0
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Segmentation:
+        _check_names(self.classes)
+        if len(self.classes) < 2:  # noqa: PLR2004
+            raise ValueError("segmentation needs the background and at least one class")
+        return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers the network returns for one pixel."""
+        return 1 if len(self.classes) == 2 else len(self.classes)  # noqa: PLR2004
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Scalar figures of this task, and so what early stopping may watch."""
+        return ("loss", "dice", "iou", "sensitivity", "precision")
+
+
+Task = Annotated[Classification | Segmentation, Field(discriminator="kind")]
+
+
+def _check_names(classes: tuple[str, ...]) -> None:
+    if len(set(classes)) != len(classes):
+        raise ValueError("classes repeats a name")
