@@ -29,31 +29,49 @@ class Killer(Watcher):
         if {moment!r} == f"upload {{len(self.uploads)}}":
             die()
 
-federate(tiny_study(server_optimizer={optimizer!r}), Path({folder!r}), watcher=Killer())
+federate(tiny_study(**{changes!r}), Path({folder!r}), watcher=Killer())
 """
-OPTIMIZER = {"name": "fedavgm", "momentum": 0.5}
+PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "example_clip_norm": 0.5, "randomness": "seeded"}
+CHANGES = {
+    "momentum": {"server_optimizer": {"name": "fedavgm", "momentum": 0.5}},
+    "seeded privacy, average": {
+        "server_optimizer": {"name": "fedyogi", "ema": 0.7},
+        "privacy": PRIVACY,
+    },
+}
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    return str(federate(tiny_study(server_optimizer=OPTIMIZER), folder)["final_model_sha256"])
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {
+        title: str(federate(tiny_study(**changes), folder / title)["final_model_sha256"])
+        for title, changes in CHANGES.items()
+    }
 
 
 @pytest.mark.parametrize(
-    "moment",
-    ["after round 1", "after round 3", "upload 2", "upload 7", "upload 14", "upload 18"],
-    ids=str,
+    ("title", "moment"),
+    [
+        ("momentum", "after round 1"),
+        ("momentum", "after round 3"),
+        ("momentum", "upload 2"),
+        ("momentum", "upload 7"),
+        ("momentum", "upload 14"),
+        ("momentum", "upload 18"),
+        ("seeded privacy, average", "after round 1"),
+        ("seeded privacy, average", "upload 7"),
+    ],
 )
 def test_killed_and_resumed_gives_the_same_model(
-    moment: str, tmp_path: Path, undisturbed: str
+    moment: str, title: str, tmp_path: Path, undisturbed: dict[str, str]
 ) -> None:
     folder = tmp_path / "run"
     tests = str(Path(__file__).parent / "support")
-    code = KILLED.format(tests=tests, moment=moment, optimizer=OPTIMIZER, folder=str(folder))
+    code = KILLED.format(tests=tests, moment=moment, changes=CHANGES[title], folder=str(folder))
     ended = subprocess.run([sys.executable, "-c", code], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert not (folder / "summary.json").exists()
-    summary = federate(tiny_study(server_optimizer=OPTIMIZER), folder, resume=True)
-    assert summary["final_model_sha256"] == undisturbed
+    summary = federate(tiny_study(**CHANGES[title]), folder, resume=True)
+    assert summary["final_model_sha256"] == undisturbed[title]
     assert len(summary["survivors"]) == 3

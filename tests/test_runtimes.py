@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,37 @@ def test_flower_and_one_process_give_the_same_model_on_real_images(
     assert flower["study"] == local["study"]
     assert flower["metrics"] == local["metrics"]
     assert flower["bytes_up_per_site"] == local["bytes_up_per_site"]
+
+
+@pytest.mark.slow
+def test_a_seeded_private_study_is_the_same_under_flower_in_one_process_and_resumed(
+    tmp_path: Path,
+) -> None:
+    arguments = ["--study", str(ROOT / "studies/demo-seeded.toml"), "--sites", "3"]
+    local = _run("simulate", tmp_path / "local", *arguments)
+    flower = _run("flwr-run", tmp_path / "flower", *arguments)
+    killed = tmp_path / "killed"
+    _kill_after_a_round(killed, *arguments)
+    resumed = _run("simulate", killed, *arguments, "--resume")
+    assert set(local["privacy"]) == {"site-1", "site-2", "site-3"}
+    for other in (flower, resumed):
+        assert other["final_model_sha256"] == local["final_model_sha256"]
+        assert other["privacy"] == local["privacy"]
+    other_noise = _run("simulate", tmp_path / "other", *arguments, "--seed", "2")
+    assert other_noise["final_model_sha256"] != local["final_model_sha256"]
+
+
+def _kill_after_a_round(folder: Path, *arguments: str) -> None:
+    command = [ROOT / "scripts/simulate", "--run-dir", folder, *arguments]
+    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+    try:
+        while not (folder / "models/round-0002.safetensors").exists():
+            assert running.poll() is None, "the run ended before it could be killed"
+            time.sleep(0.01)
+    finally:
+        running.kill()
+        running.wait()
+    assert not (folder / "summary.json").exists()
 
 
 @pytest.mark.slow

@@ -19,13 +19,44 @@ from client.clipping import (
 from common.errors import ConfigError
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
+from common.study import Study
 from common.tasks import task_of
 
-MODELS: list[dict[str, Any]] = [
-    {"name": "cnn", "width": 4},
-    {"name": "cnn", "width": 4, "activation": "tanh", "pooling": "max"},
-    {"name": "resnet18", "stem_stride": 2},
-]
+LABELS = {"kind": "classification", "classes": ["no lesion", "lesion"]}
+MASKS = {"kind": "segmentation", "classes": ["background", "lung", "lesion"]}
+SMALL = {"channels": [4, 8, 16]}
+OVERLAP = {"kind": "dice-cross-entropy", "class_weights": [1.0, 2.0, 5.0]}
+
+# Title: task, model, side of an image, loss.
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
+    "cnn": (LABELS, {"name": "cnn", "width": 4}, (16, 16), {}),
+    "cnn, tanh, max": (
+        LABELS,
+        {"name": "cnn", "width": 4, "activation": "tanh", "pooling": "max"},
+        (16, 16),
+        {"kind": "focal", "class_weights": [1.0, 3.0]},
+    ),
+    "cnn, partly frozen": (
+        LABELS,
+        {"name": "cnn", "width": 4, "frozen": ["features.0", "features.1"]},
+        (16, 16),
+        {},
+    ),
+    "resnet18": (LABELS, {"name": "resnet18", "stem_stride": 2}, (16, 16), {}),
+    "resnet18 in 3D": (LABELS, {"name": "resnet18", "max_pool": False}, (16, 16, 16), {}),
+    "densenet121": (LABELS, {"name": "densenet121"}, (32, 32), {}),
+    "efficientnet-b0": (LABELS, {"name": "efficientnet-b0"}, (32, 32), {}),
+    "unet": (MASKS, {"name": "unet"}, (32, 32), OVERLAP),
+    "unet without residual units": (
+        MASKS,
+        {"name": "unet", **SMALL, "residual_units": 0},
+        (16, 24),
+        {"kind": "dice"},
+    ),
+    "unet in 3D": (MASKS, {"name": "unet", **SMALL}, (16, 16, 16), OVERLAP),
+    "attention-unet": (MASKS, {"name": "attention-unet", **SMALL}, (32, 32), OVERLAP),
+    "attention-unet in 3D": (MASKS, {"name": "attention-unet", **SMALL}, (8, 16, 16), OVERLAP),
+}
 RAGGED = (1, 5, 2, 3)
 
 
@@ -63,16 +94,54 @@ def _relative_error(ours: Tensor, exact: Tensor) -> float:
     return float((ours - exact).abs().max() / exact.abs().max())
 
 
+def _study(title: str) -> Study:
+    task, model, size, loss = MODELS[title]
+    training = {"learning_rate": 0.1, "batch_size": 4, "local_steps": 1, "loss": loss}
+    return tiny_study(
+        task=task, model=model, training=training, input={"size": size, "intensity": "image"}
+    )
+
+
+def _made_up(study: Study, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Units:
+    shape = (sum(sizes), 1, *study.input.size)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    return Units(pixels, task_of(study).made_up_targets(sum(sizes)), sizes)
+
+
 @pytest.mark.parametrize("clip_norm", [1e-3, 1e6], ids=["all clipped", "none clipped"])
-@pytest.mark.parametrize("model", MODELS, ids=lambda m: f"{m['name']}-{len(m)}")
-def test_the_engine_equals_brute_force_on_ragged_patients(
-    model: dict[str, Any], clip_norm: float
-) -> None:
-    network = _double(build_network(tiny_study(model=model)).module)
-    units = _units(RAGGED)
-    exact = by_brute_force(network.module, units, _loss(), clip_norm)
-    ours = PerImageEngine(network).clipped_sum(units, _loss(), clip_norm)
+@pytest.mark.parametrize("title", MODELS)
+def test_the_engine_equals_brute_force_on_ragged_patients(title: str, clip_norm: float) -> None:
+    study = _study(title)
+    network, loss = _double(build_network(study).module), task_of(study).local_loss(None)
+    units = _made_up(study, RAGGED)
+    check_layers(network.module.train())
+    network.module.eval()
+    exact = by_brute_force(network.module, units, loss, clip_norm)
+    assert exact.shape == (network.schema.num_params,)
+    ours = PerImageEngine(network).clipped_sum(units, loss, clip_norm)
     assert _relative_error(ours, exact) <= 1e-12
+
+
+@pytest.mark.parametrize("title", MODELS)
+def test_every_model_takes_an_empty_draw_and_trains(title: str) -> None:
+    study = _study(title)
+    network, loss = build_network(study), task_of(study).local_loss(None)
+    network.module.train()  # dropout and skipped layers are drawn for each image
+    engine = PerImageEngine(network)
+    none = _made_up(study, (), torch.float32)
+    assert not engine.clipped_sum(none, loss, 1.0).any()
+    some = engine.clipped_sum(_made_up(study, (1, 2), torch.float32), loss, 0.5)
+    assert 0 < float(some.norm()) <= 1.0 * (1 + 1e-5)
+
+
+def test_overlap_over_the_whole_batch_is_refused_under_privacy() -> None:
+    loss = {"kind": "dice", "dice_over": "batch"}
+    training = {"learning_rate": 0.1, "batch_size": 4, "local_steps": 1, "loss": loss}
+    private = {"noise_multiplier": 1.0, "delta": 1e-5, "example_clip_norm": 1.0}
+    changes = {"task": MASKS, "model": {"name": "unet"}, "training": training}
+    tiny_study(**changes)  # without privacy it may
+    with pytest.raises(ConfigError, match=r"training\.loss\.dice_over: .*depend on another"):
+        tiny_study(**changes, privacy=private)
 
 
 def test_modules_called_twice_and_operations_in_place_are_exact() -> None:
