@@ -21,6 +21,7 @@ from common.study import MIN_SITES, Study
 
 STUDY = "study.toml"  # in a run folder
 SIMULATION = "simulation.toml"
+DATA = "data."  # beginning of a key that changes the sites' table, not the study
 PARTITION = re.compile(r"iid|column:.+|dirichlet:(\d+(\.\d*)?|\.\d+)")
 
 
@@ -55,10 +56,19 @@ def plan_simulation(
 ) -> tuple[Study, Simulation]:
     """Read a study and the ``<name>.site.toml`` beside it, and fill in the members.
 
+    Args:
+      study_path: Of the study.
+      num_sites: Sites to simulate.
+      data_root: Replaces ``data.root``; empty for none.
+      partition: How the data set is dealt out; empty for ``iid``.
+      overrides: Values by dotted key: of the study, or of its sites' table after ``data.``.
+
     Raises:
       ConfigError: A file or argument does not fit; or the study's members are not ``num_sites``.
     """
-    study = load(study_path, Study, overrides)
+    given = dict(overrides or {})
+    of_data = {key[len(DATA) :]: given.pop(key) for key in list(given) if key.startswith(DATA)}
+    study = load(study_path, Study, given)
     if study.members and len(study.members) != num_sites:
         asked = f"{num_sites} sites asked for"
         raise ConfigError(f"the study has {len(study.members)} members, {asked}")
@@ -67,6 +77,7 @@ def plan_simulation(
     if not study.members:
         study = study.with_members(tuple(f"site-{k + 1}" for k in range(num_sites)))
     table, budget = _site_tables(study_path, data_root)
+    table |= of_data
     if table.get("format") == "phantom" and partition:
         raise ConfigError("--partition: phantoms are not dealt out, each site generates its own")
     simulation = _check(num_sites, partition or "iid", table, budget)

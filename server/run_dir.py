@@ -158,8 +158,13 @@ class RunDir:
 
     def model(self, round_number: int, schema: Schema) -> NDArray[np.float32]:
         """The global model after a round, shape (num_params,)."""
-        tensors = load_file(self.path / _model_name(round_number))
+        tensors = self.tensors(round_number)
         return np.concatenate([tensors[name].reshape(-1) for name in schema.names])
+
+    def tensors(self, round_number: int) -> dict[str, NDArray[np.float32]]:
+        """The same by parameter name."""
+        tensors: dict[str, NDArray[np.float32]] = load_file(self.path / _model_name(round_number))
+        return tensors
 
     # Records
 

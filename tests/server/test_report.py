@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from client.config import PhantomData
-from client.dataset import prepare
+from client.prepare import prepare
 from common.config import validate
 from common.errors import ConfigError, FederationError
 from common.manifest import plan_epoch
@@ -21,8 +21,10 @@ from common.simulation import Simulation
 from common.study import Input, Study
 from common.tasks import task_of
 from server import report_cli
-from server.report import digests_of, privacy_lines, verify, write_report
-from server.report_figures import PHANTOM_SEED, figures_by_class, prepare_phantoms
+from server.report import digests_of, verify, write_report
+from server.reporting.classes import figures_by_class
+from server.reporting.facts import privacy_lines
+from server.reporting.phantoms import PHANTOM_SEED, prepare_phantoms
 from server.run_dir import RunDir
 from server.state import State
 
@@ -139,7 +141,7 @@ def make_run(
         "wall_s": {"total": 4.0, "per_round": [1.75, 1.75]},
         "bytes_up_per_site": {"north": 96_000, "south": 96_000, "west": 56_000},
         "num_params": network.schema.num_params,
-        "final_model_sha256": run_dir.save_final(trained, network.schema),
+        "final_model_sha256": run_dir.save_final(trained, network.schema, network.kept()),
     }
     run_dir.save_summary(summary)
     run_dir.seal()
@@ -223,6 +225,21 @@ def test_few_test_images_of_a_class_are_warned_of(tmp_path, finished):
     assert weak
     assert all(images < 30 for images in weak.values())
     assert "Few test images" in made.text
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        ({"kind": "cross-entropy"}, "Mean cross-entropy, the quantity"),
+        ({"kind": "focal", "focal_gamma": 1.5}, "Mean focal loss (gamma 1.5), the quantity"),
+        ({"class_weights": [1, 3]}, "Mean class-weighted cross-entropy, the quantity"),
+    ],
+)
+def test_the_loss_is_called_by_the_name_of_the_one_that_the_study_used(loss, named, tmp_path):
+    training = {"learning_rate": 0.1, "batch_size": 8, "local_epochs": 1, "loss": loss}
+    text = make_run(tmp_path / "run", study_of(training=training), None).text
+    assert named in text
+    assert ("classes weigh 1 (no lesion) and 3 (lesion)" in text) == ("class_weights" in loss)
 
 
 def test_what_is_undefined_is_shown_as_not_defined(tmp_path):
@@ -338,12 +355,12 @@ def change(summary: dict, path: str, value: object) -> None:
         ("metrics.by_round.0.loss", 0.1, r"loss \(validation-0001\) is 0\.1"),
         ("metrics.by_round", [], r"the length of metrics\.by_round is 0, rounds\.jsonl gives 2"),
         ("bytes_up_per_site.north", 1, r"bytes_up_per_site is .* evaluations\.jsonl gives"),
-        ("num_params", 5, r"num_params is 5, final\.safetensors gives"),
+        ("num_params", 5, r"num_params is 5, models/ gives"),
         ("final_model_sha256", "0" * 64, r"final_model_sha256 is 000"),
         ("survivors", [list(SITES)] * 2, r"survivors is .* rounds\.jsonl gives"),
         ("study.digest", "0" * 64, r"study\.digest is 000.* study\.toml gives"),
         ("sites", ["north"], r"sites is \['north'\], the manifest gives"),
-        ("returned_round", 1, r"final_model_sha256 is .* models/round-0001\.safetensors gives"),
+        ("returned_round", 1, r"final\.safetensors: .* is not what models/ gives for round 1"),
     ],
 )
 def test_a_summary_that_disagrees_with_the_other_files_is_refused(path, value, named, copied):

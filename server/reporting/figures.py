@@ -1,4 +1,4 @@
-"""The pictures of a report, and the figures of single classes that they show.
+"""The drawn pictures of a report.
 
 Every picture is an SVG whose text stays text: the page sets the typeface, a reader can search it.
 Names of classes and sites stand in the page beside a picture, never inside it.
@@ -9,39 +9,30 @@ from __future__ import annotations
 import io
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
-import torch
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from torch import Tensor
 
-from common.models.build import build_network
-from common.models.flat import FlatNetwork
-from common.phantom import LESION, Phantom, draw_patient, scanner_of_site
-from common.simulation import Simulation
-from common.study import Input, Study
-from common.tasks import task_of
-from common.tasks.classification import ClassificationTask, Counts, auroc, roc_curve
-from server.run_dir import RunDir
+from common.phantom import LESION, Phantom
+from common.study import Classification, Study
+from common.tasks import ClassificationTask, task_of
+from common.tasks.classification import roc_curve
+from server.reporting.glossary import title_of
+from server.reporting.phantoms import Example
+from server.reporting.record import Facts
 
 Svg: TypeAlias = str
-Facts: TypeAlias = dict[str, Any]
 
 INK, MUTED, RULE, BLUE, AMBER = "#1c2733", "#5a6875", "#d3dae1", "#1f5f8b", "#b4640a"
 PHASES: Final = ("#1f5f8b", "#7fa8c4", "#c9a86a", "#a3adb6", "#5b7f63", "#8a6a94")
-TITLES: Final = {"auroc": "AUROC", "f1": "F1"}
 LARGEST_TABLE: Final = 12  # classes; a larger confusion matrix is drawn, not written
 MOST_BARS: Final = 120  # rounds; with more, bars are thinner than a printed line
-FIRST_EXAMPLE: Final = 1_000_000  # sites have at most 100,000 patients, counted from 0
-MOST_SCANNERS: Final = 4
-PHANTOM_SEED: Final = 0  # default of client.config.PhantomData, which the server may not import
 
 STYLE: Final = {
     "font.size": 8,
@@ -69,14 +60,6 @@ STYLE: Final = {
 }
 
 
-@dataclass(frozen=True)
-class Example:
-    """One phantom that no site has, and what the final model says of it."""
-
-    phantom: Phantom
-    facts: Facts  # site, patient, label, probability
-
-
 def draw_pictures(
     facts: Facts, study: Study, counts: NDArray[np.int64], examples: Sequence[Example]
 ) -> dict[str, list[Svg]]:
@@ -89,8 +72,6 @@ def draw_pictures(
       examples: Empty unless the data are phantoms.
     """
     by_round, returned = facts["validation_by_round"], facts["returned_round"]
-    view = _task(study).view(counts)
-    confusion = view.confusion[0]
     spent = {phase: known["by_round"] for phase, known in facts["seconds"]["phases"].items()}
     with mpl.rc_context(STYLE):
         return {
@@ -98,64 +79,26 @@ def draw_pictures(
                 _panel(name, [figures[name] for figures in by_round], returned)
                 for name in study.task.figures
             ],
-            "roc": [
-                _roc(scores, entry, study.task.labels)
-                for scores, entry in zip(view.scores, facts["test"]["by_class"], strict=True)
-            ],
-            "confusion": [_heat_map(confusion)] if len(confusion) > LARGEST_TABLE else [],
             "seconds": [_bars(spent)] if len(by_round) <= MOST_BARS else [],
             "examples": [_film(example.phantom) for example in examples],
+            **_classifications(facts, study, counts),
         }
 
 
-def figures_by_class(study: Study, counts: NDArray[np.int64]) -> list[Facts]:
-    """Test figures of every class against the rest; a binary study has one, its positive class."""
-    view = _task(study).view(counts)
-    names = study.task.classes[1:] if study.task.labels == "binary" else study.task.classes
-    return [
-        _class_figures(study, name, table, scores)
-        for name, table, scores in zip(names, _tables(study, view), view.scores, strict=True)
-    ]
-
-
-def _task(study: Study) -> ClassificationTask:
+def _classifications(facts: Facts, study: Study, counts: NDArray[np.int64]) -> dict[str, list[Svg]]:
+    """ROC curves, and the confusion matrix where it is too large for a table."""
     task = task_of(study)
-    assert isinstance(task, ClassificationTask)  # noqa: S101 - the only kind a study can name
-    return task
-
-
-def _tables(study: Study, view: Counts) -> Iterator[NDArray[np.int64]]:
-    """One 2 x 2 table per class, truth by prediction, each without the class first."""
-    if study.task.labels != "multiclass":
-        yield from view.confusion
-        return
-    whole = view.confusion[0]
-    for k in range(len(whole)):
-        right, missed, wrong = whole[k, k], whole[k].sum(), whole[:, k].sum()
-        rest = whole.sum() - missed - wrong + right
-        yield np.array([[rest, wrong - right], [missed - right, right]])
-
-
-def _class_figures(
-    study: Study, name: str, table: NDArray[np.int64], scores: NDArray[np.int64]
-) -> Facts:
-    """Facts of one class from its 2 x 2 table and its two histograms of the score."""
-    (true_negative, _), (_, true_positive) = table.tolist()
-    without, having = table.sum(axis=1).tolist()
-    others = {"binary": study.task.classes[0], "multilabel": f"without {name}"}
-    other = others.get(study.task.labels)
+    if not isinstance(task, ClassificationTask) or not isinstance(study.task, Classification):
+        return {}
+    view = task.view(counts)
+    confusion = view.confusion[0]
     return {
-        "class": name,
-        "images": ({other: without} if other else {}) | {name: having},
-        "auroc": auroc(*scores),
-        "precision": _share(true_positive, table[:, 1].sum()),
-        "recall": _share(true_positive, having),
-        "specificity": _share(true_negative, without),
+        "roc": [
+            _roc(scores, entry, study.task.labels)
+            for scores, entry in zip(view.scores, facts["test"]["by_class"], strict=True)
+        ],
+        "confusion": [_heat_map(confusion)] if len(confusion) > LARGEST_TABLE else [],
     }
-
-
-def _share(part: int, whole: int) -> float | None:
-    return float(part / whole) if whole else None
 
 
 # Drawing
@@ -187,7 +130,8 @@ def _svg(figure: Figure, label: str) -> Svg:
 
 def _panel(name: str, values: Sequence[float | None], returned: int) -> Svg:
     """One validation figure over the rounds; the returned round is marked."""
-    title = TITLES.get(name, name.capitalize())
+    title = title_of(name)
+    title = title[0].upper() + title[1:]
     figure, axes = _figure(2.35, 1.65, left=0.4, top=0.2)
     rounds = np.arange(1, len(values) + 1)
     known = np.array([np.nan if value is None else value for value in values], float)
@@ -265,70 +209,3 @@ def _film(phantom: Phantom) -> Svg:
     if lesion.any():
         axes.contour(lesion, levels=[0.5], colors=["#ffb000"], linewidths=1.1)
     return _svg(figure, "Phantom with a lesion" if lesion.any() else "Phantom without a lesion")
-
-
-# Examples
-
-
-def examples_of(study: Study, simulation: Simulation | None, run_dir: RunDir) -> list[Example]:
-    """For up to four scanners the first phantom with and the first without a lesion.
-
-    The rule is fixed before the model is asked. Empty where the data are no phantoms.
-    """
-    if simulation is None or not simulation.generates_data:
-        return []
-    seed = simulation.data.get("seed", PHANTOM_SEED)
-    drawn = [
-        (site, *_first_phantom(seed, site, study.input.size[0], label))
-        for site in range(min(simulation.num_sites, MOST_SCANNERS))
-        for label in (1, 0)
-    ]
-    probabilities = _probabilities(study, run_dir, [phantom for _, _, phantom in drawn])
-    return [
-        Example(
-            phantom,
-            {
-                "site": study.site_names[site],
-                "patient": patient,
-                "class": study.task.classes[phantom.label],
-                "probability": probability,
-            },
-        )
-        for (site, patient, phantom), probability in zip(drawn, probabilities, strict=True)
-    ]
-
-
-def _first_phantom(seed: int, site: int, size: int, label: int) -> tuple[int, Phantom]:
-    scanner = scanner_of_site(seed, site)
-    for patient in itertools.count(FIRST_EXAMPLE):
-        (phantom,) = draw_patient(seed, site, patient, scanner=scanner, size=size, num_images=1)
-        if phantom.label == label:
-            return patient, phantom
-    raise AssertionError  # count never ends, and a scanner's share of lesions is 0.25 to 0.65
-
-
-def _probabilities(study: Study, run_dir: RunDir, phantoms: Sequence[Phantom]) -> list[float]:
-    """What the returned model says of each phantom: the probability of a lesion."""
-    network: FlatNetwork = build_network(study)
-    tensors = run_dir.final_model()
-    network.load(np.concatenate([tensors[name].reshape(-1) for name in network.schema.names]))
-    network.module.eval()
-    with torch.no_grad():
-        outputs = network(prepare_phantoms(phantoms, study.input))  # (num_phantoms, 1)
-    return [float(p) for p in outputs[:, 0].double().sigmoid()]
-
-
-def prepare_phantoms(phantoms: Sequence[Phantom], config: Input) -> Tensor:
-    """The network's input, shape (num_phantoms, 1, size, size).
-
-    A site's own preparation is ``client.dataset.prepare``, which the server must not import; a test
-    holds the two against each other.
-    """
-    films = np.stack([np.rint(phantom.image * 255) for phantom in phantoms])[:, None]  # 8 bits
-    images = torch.from_numpy(films).float()
-    if config.intensity == "dtype":
-        images = images / 255
-    else:
-        mean = images.mean(dim=(2, 3), keepdim=True)
-        images = (images - mean) / images.std(dim=(2, 3), correction=0, keepdim=True)
-    return (images - config.mean) / config.std

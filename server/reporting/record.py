@@ -1,0 +1,56 @@
+"""A finished run as its files tell it: what every page, picture and figure is computed from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from common.config import read_table
+from common.manifest import Manifest
+from common.simulation import STUDY, Simulation
+from common.study import Study
+from common.tasks import Figures, task_of
+from server.run_dir import RunDir
+
+Facts: TypeAlias = dict[str, Any]  # what report.json holds, or a part of it
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished run."""
+
+    run_dir: RunDir
+    study: Study
+    manifest: Manifest
+    simulation: Simulation | None  # None: deployed
+    settings: dict[str, Any]  # study.toml as it was written
+    summary: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    digests: dict[str, str]  # file name to SHA-256, as SHA256SUMS has them
+
+    def figures(self, counts: str) -> Figures:
+        """Figures recomputed from ``counts/<counts>.npy``, as JSON holds them."""
+        recomputed = task_of(self.study).figures(self.run_dir.counts(counts))
+        figures: Figures = json.loads(json.dumps(recomputed))
+        return figures
+
+
+def read_record(run_dir: RunDir, digests: dict[str, str]) -> Record:
+    """Read everything a report is computed from; the files were found complete before."""
+    summary, manifest = run_dir.summary(), run_dir.epoch()
+    assert summary is not None  # noqa: S101 - the list of digests was asked for both files
+    assert manifest is not None  # noqa: S101
+    simulation = run_dir.simulation() if run_dir.is_simulation else None
+    return Record(
+        run_dir=run_dir,
+        study=run_dir.study(),
+        manifest=manifest,
+        simulation=simulation,
+        settings=read_table(run_dir.path / STUDY),
+        summary=summary,
+        rounds=run_dir.rounds(),
+        evaluations=run_dir.evaluations(),
+        digests=digests,
+    )
