@@ -69,6 +69,8 @@ def _describe_pixels(data: Data, cases: list[Case], study: Study | None) -> Iter
     for case in cases:
         try:
             pixels = load_sample(case, study)[0] if study else case.load()
+            if study is None and case.load_mask is not None:
+                case.load_mask()
         except DataError as error:
             broken.append(str(error))
             continue
@@ -127,7 +129,7 @@ def _seen_csv(data: CsvData) -> Wanted:
     rows = read_rows(data)
     if data.target is None:
         raise DataError(f"{data.table}: a column per label; the study names them, so give --study")
-    found = {row[data.target] for row in rows}
+    found = {row[data.target] for _, row in rows}
     if all(Path(value).suffix.lower() in SUFFIXES for value in found):
         return MASKS
     classes = sorted({name.strip() for value in found for name in value.split("|")} - {""})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -90,11 +90,11 @@ def pooled(sources: Sequence[Source], trained_on: int | None) -> Source:
 
     def load() -> SiteData:
         parts = [source.load() for source in sources]
-        chosen = parts if trained_on is None else [parts[trained_on]]
+        chosen = [k for k in range(len(parts)) if trained_on in (None, k)]
         return SiteData(
-            _joined([part.train for part in chosen]),
-            _joined([part.validation for part in chosen]),
-            _joined([part.test for part in parts]),
+            _joined({k: parts[k].train for k in chosen}),
+            _joined({k: parts[k].validation for k in chosen}),
+            _joined({k: part.test for k, part in enumerate(parts)}),
             num_skipped=sum(part.num_skipped for part in parts),
         )
 
@@ -103,15 +103,23 @@ def pooled(sources: Sequence[Source], trained_on: int | None) -> Source:
     return replace(first, num_units=sum(source.num_units for source in counted), load=load)
 
 
-def _joined(parts: Sequence[Samples]) -> Samples:
+def alone(study: Study, name: str, source: Source) -> Study:
+    """The same study with one member; the cap on a site's weight belongs to the secure sum."""
+    cap = max(study.aggregation.weight_cap, source.num_units)
+    aggregation = study.aggregation.model_copy(update={"weight_cap": cap})
+    return study.model_copy(update={"aggregation": aggregation}).with_members((name,))
+
+
+def _joined(by_site: Mapping[int, Samples]) -> Samples:
+    parts = list(by_site.values())
     patients = tuple(
-        f"{site}/{patient}" for site, part in enumerate(parts) for patient in part.patients
+        f"{site}/{patient}" for site, part in by_site.items() for patient in part.patients
     )
     if all(isinstance(part, Scans) for part in parts):
         pixels = tuple(each for part in parts for each in part.pixels)
         targets = tuple(each for part in parts for each in part.targets)
         return Scans(pixels, targets, patients, parts[0].patch)  # type: ignore[union-attr]
-    filled = [part for part in parts if len(part)] or list(parts[:1])
+    filled = [part for part in parts if len(part)] or parts[:1]
     return Images(
         torch.cat([part.pixels for part in filled]),  # type: ignore[misc]
         torch.cat([part.targets for part in filled]),  # type: ignore[misc]

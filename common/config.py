@@ -186,7 +186,14 @@ def _conflicts(model: Frozen, prefix: str = "") -> Iterator[tuple[str, str]]:
 def _problems(
     error: ValidationError, table: Mapping[str, Any], kind: type[Frozen], *, skip_missing: bool
 ) -> Iterator[tuple[str, str]]:
-    for problem in error.errors(include_url=False, include_input=False):
+    problems = error.errors(include_url=False, include_input=False)
+    places = [problem["loc"] for problem in problems]
+    for problem in problems:
+        here = problem["loc"]
+        if problem["type"] == "too_short" and any(
+            place[: len(here)] == here and place != here for place in places
+        ):
+            continue  # too short only because a wrong item was left out
         if skip_missing and problem["type"] in ("missing", "union_tag_not_found"):
             continue
         keys = _keys(problem["loc"], table, is_missing=problem["type"] == "missing")

@@ -53,12 +53,13 @@ def apply_mean_update(
 
 def moving_average(average: Vector, model: Vector, decay: float) -> Vector:
     """One step of an exponential moving average that starts at zero."""
-    return np.float32(decay) * average + np.float32(1 - decay) * model
+    kept = np.float32(decay)
+    return kept * average + (1 - kept) * model
 
 
 def averaged_model(state: OptimizerState, config: ServerOptimizer, num_rounds: int) -> Vector:
     """The average of the models after rounds 1 to ``num_rounds``; their weights add up to 1."""
-    return state["ema"] / np.float32(1 - config.ema**num_rounds)
+    return state["ema"] / np.float32(1 - float(np.float32(config.ema)) ** num_rounds)
 
 
 def _step(

@@ -31,12 +31,11 @@ def read_csv(data: CsvData, wanted: Wanted) -> list[Case]:
       DataError: The table is missing or empty, lacks a column, or a row's class or split is not
         known; the message names file and line, never the row's content but the class.
     """
-    rows = read_rows(data)
-    return [_case(data, wanted, row, line) for line, row in enumerate(rows, start=2)]
+    return [_case(data, wanted, row, line) for line, row in read_rows(data)]
 
 
-def read_rows(data: CsvData) -> list[dict[str, str]]:
-    """The table's rows by column, with every column that the site's configuration names.
+def read_rows(data: CsvData) -> list[tuple[int, dict[str, str]]]:
+    """Each row's line and cells by column, with every column that the configuration names.
 
     Raises:
       DataError: The table cannot be read, is empty or lacks a column.
@@ -49,20 +48,22 @@ def read_rows(data: CsvData) -> list[dict[str, str]]:
             separator = max(",;\t", key=header.count)
             file.seek(0)
             reader = csv.DictReader(file, delimiter=separator, strict=True)
-            rows = [
-                {column: (value or "").strip() for column, value in row.items() if column}
-                for row in reader
-            ]
-            present = [column.strip() for column in reader.fieldnames or ()]
+            reader.fieldnames = [column.strip() for column in reader.fieldnames or ()]
+            present = reader.fieldnames
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: not a readable table ({error}); set data.table") from None
     asked = (data.image, data.target, data.patient, data.split, data.valid)
     for column in filter(None, asked):
         if column not in present:
             raise DataError(f"{path.name}: no column {column!r}; it has {', '.join(present)}")
+    if twice := [column for column in present if present.count(column) > 1]:
+        raise DataError(f"{path.name}: two columns are named {twice[0]!r}")
     if not rows:
         raise DataError(f"{path.name}: no row; a line per image is expected")
-    return rows
+    return [
+        (line, {column: (row[column] or "").strip() for column in present}) for line, row in rows
+    ]
 
 
 def _case(data: CsvData, wanted: Wanted, row: Row, line: int) -> Case:

@@ -65,7 +65,8 @@ def _read_pairs(data: FolderData, wanted: Wanted, split: Split | None) -> list[C
     masks = _by_stem(folder / data.masks)
     valid = _by_stem(folder / data.valid) if data.valid else None
     cases = []
-    for path in _image_files(folder / data.images):
+    images = _by_stem(folder / data.images) if (folder / data.images).is_dir() else {}
+    for path in images.values():
         mask = _partner(path, masks, folder / data.masks)
         inside = _partner(path, valid, folder / str(data.valid)) if valid is not None else None
         cases.append(

@@ -15,6 +15,7 @@ from common.tasks.losses import OUTSIDE
 AS_STORED = 0  # channels as the file has them
 SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".gif", ".bmp", ".ppm"}
 WIDE_MODES = ("I;16", "I;16B", "I;16L", "I", "F")  # grey with more than 8 bits
+LOSSY = {".jpg", ".jpeg"}
 BANDS = {"red": "R", "green": "G", "blue": "B"}
 
 
@@ -66,8 +67,10 @@ def read_mask(path: Path, valid: Path | None, num_classes: int) -> NDArray[np.ui
 
 def _plain_values(path: Path) -> NDArray[Any]:
     """One number per pixel as the file has it; a palette's index is not a colour."""
+    if path.suffix.lower() in LOSSY:
+        raise DataError(f"{path.name}: JPEG blurs the classes of a mask; save it as PNG or TIFF")
     with _opened(path) as image:
-        values = np.asarray(image)
+        values = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
     if values.ndim == 3 and (values[..., :1] == values[..., :3]).all():  # noqa: PLR2004
         values = values[..., 0]  # grey, saved as colour
     if values.ndim != 2 or values.min(initial=0) < 0:  # noqa: PLR2004

@@ -12,7 +12,7 @@ from monai.networks.nets import EfficientNetBN
 from monai.networks.nets import resnet18 as monai_resnet18
 from torch import nn
 
-from common.models.normalise import batch_to_group_norm
+from common.models.normalise import to_group_norm
 from common.study import DenseNet121, EfficientNetB0, ResNet18
 
 
@@ -27,7 +27,7 @@ def resnet18(config: ResNet18, num_dims: int, num_channels: int, num_outputs: in
         no_max_pool=not config.max_pool,
     )
     # MONAI's ``norm=`` argument does not reach every layer of this network.
-    return batch_to_group_norm(network)
+    return to_group_norm(network)
 
 
 def densenet121(
@@ -40,7 +40,7 @@ def densenet121(
         out_channels=num_outputs,
         dropout_prob=config.dropout,
     )
-    return batch_to_group_norm(network)
+    return to_group_norm(network)
 
 
 def efficientnet_b0(
@@ -54,4 +54,4 @@ def efficientnet_b0(
         in_channels=num_channels,
         num_classes=num_outputs,
     )
-    return batch_to_group_norm(network)
+    return to_group_norm(network)

@@ -9,7 +9,7 @@ from monai.networks.nets import AttentionUnet as MonaiAttentionUnet
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
-from common.models.normalise import batch_to_group_norm
+from common.models.normalise import to_group_norm
 from common.study import AttentionUnet, Unet
 
 NUM_GROUPS = 4
@@ -19,8 +19,9 @@ NUM_FEATURES = 8  # maps of full size from which the last convolution decides
 class _Segmenter(nn.Module):
     """A U-Net and the convolution that decides.
 
-    MONAI normalises its last layer too: asked for one output map it would bring the logits of every
-    image to mean 0. So it gives features, and a convolution without normalisation follows.
+    A U-Net with residual units normalises its last layer too: asked for one output map it would
+    bring the logits of every image to mean 0. So it gives features, and a convolution without
+    normalisation follows.
     """
 
     def __init__(self, unet: nn.Module, num_dims: int, num_outputs: int) -> None:
@@ -62,4 +63,4 @@ def attention_unet(
         strides=(2,) * (len(config.channels) - 1),
         dropout=config.dropout,
     )
-    return _Segmenter(batch_to_group_norm(network), num_dims, num_outputs)
+    return _Segmenter(to_group_norm(network), num_dims, num_outputs)

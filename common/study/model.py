@@ -79,7 +79,7 @@ Model = Annotated[
 ]
 
 # Smallest side at which the last feature map still has a pixel.
-SMALLEST = {"cnn": 8, "resnet18": 16, "densenet121": 32, "efficientnet-b0": 16}
+SMALLEST = {"cnn": 8, "resnet18": 16, "densenet121": 32, "efficientnet-b0": 32}
 
 
 def model_misfits(model: Model, *, task: str, size: tuple[int, ...]) -> Iterator[tuple[str, str]]:
@@ -89,6 +89,9 @@ def model_misfits(model: Model, *, task: str, size: tuple[int, ...]) -> Iterator
             yield "model.name", f"{model.name} answers for every pixel; this task is {task}"
         if any(side % model.shrinks for side in size):
             yield "input.size", f"{model.name} needs sides that are multiples of {model.shrinks}"
+        elif max(size) == model.shrinks and model.channels[-1] < 8:  # noqa: PLR2004 - 2 per group
+            # A group of one map of one pixel has no spread: normalised, it is 0 for every image.
+            yield "model.channels", "the deepest level has one pixel; give it 8 channels or more"
         return
     if task != "classification":
         yield "model.name", f"{model.name} answers for a whole image; this task is {task}"

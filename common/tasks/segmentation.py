@@ -40,12 +40,14 @@ class SegmentationTask:
     def __init__(self, config: Segmentation, loss: TrainingLoss, size: Sequence[int]) -> None:
         self.classes = config.classes
         self.loss = loss
+        # A score must not depend on how images were batched.
+        self._scored = loss.model_copy(update={"dice_over": "image"})
         self.size = tuple(size)
         self.num_counts = 2 + 3 * len(config.classes)
 
     def local_loss(self, targets: object | None) -> Loss:  # noqa: ARG002 - see ``Task.local_loss``
         """The study's loss, mean over the images; it does not depend on the site's targets."""
-        return lambda outputs, masks: self._losses(outputs, masks).mean()
+        return lambda outputs, masks: self._losses(outputs, masks, self.loss).mean()
 
     def made_up_targets(self, num: int) -> Tensor:
         """Stripes of every class and some pixels outside, shape (num, *size)."""
@@ -58,7 +60,7 @@ class SegmentationTask:
         vector = np.zeros(self.num_counts, np.int64)
         counts = self.view(vector)
         with torch.no_grad():
-            each = self._losses(outputs, targets).double().clamp(0, MAX_LOSS)
+            each = self._losses(outputs, targets, self._scored).double().clamp(0, MAX_LOSS)
             losses = each.nan_to_num(nan=MAX_LOSS).cpu().numpy()
             inside = targets != OUTSIDE
             truth, given = targets[inside].long(), self.decide(outputs)[inside].long()
@@ -116,15 +118,17 @@ class SegmentationTask:
         right, predicted, actual = counts[2:].reshape(3, -1)
         return PixelCounts(counts[0:1], counts[1:2], right, predicted, actual)
 
-    def _losses(self, outputs: Tensor, masks: Tensor) -> Tensor:
+    def _losses(self, outputs: Tensor, masks: Tensor, config: TrainingLoss) -> Tensor:
         """One loss per image, shape (batch,)."""
         losses = outputs.new_zeros(len(outputs))
-        if self.loss.has_dice:
-            losses = losses + missed_overlap(outputs, masks, self.loss)
-        if self.loss.kind != "dice":
-            inside = masks != OUTSIDE
+        inside = masks != OUTSIDE
+        # Whatever the network says outside, infinities too, must not reach the sums.
+        outputs = torch.where(inside.unsqueeze(1), outputs, torch.zeros_like(outputs))
+        if config.has_dice:
+            losses = losses + missed_overlap(outputs, masks, config)
+        if config.kind != "dice":
             known = torch.where(inside, masks, torch.zeros_like(masks))
-            pixels = surprise(outputs, known, self.loss) * inside
+            pixels = surprise(outputs, known, config) * inside
             total, num = pixels.flatten(1).sum(dim=1), inside.flatten(1).sum(dim=1)
             losses = losses + total / num.clamp_min(1)
         return losses

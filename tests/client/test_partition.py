@@ -1,17 +1,24 @@
 """Dealing one data set out: each case to one site, patient by patient, by the seed alone."""
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from client import partition
+from client.config import CsvData, PhantomData
+from client.dataset import Deal, load_site_data
 from client.partition import MIN_TRAIN_PATIENTS, deal
+from client.readers import Wanted, read_cases
 from client.readers.case import Case, Split
 from common.errors import ConfigError
+from common.study import Study
 
 Splits = dict[Split, list[Case]]
 
@@ -175,3 +182,156 @@ def test_an_impossible_deal_is_refused_with_the_next_move(
         deal(data_set(num_patients), **settings_)
     assert f"partition {rule}" in str(refused.value)
     assert f"{num_sites} sites" in str(refused.value)
+
+
+def of_ward(patient: str, ward: str, split: Split = Split.TRAIN) -> Case:
+    columns = {"image": f"{patient}.png", "ward": ward}
+    return Case(f"{split} {patient}", patient, split, None, lambda: None, columns=columns)
+
+
+def wards(**num_patients: int) -> Splits:
+    """Training patients by ward, and for every second of them a patient in validation and test."""
+    whole: Splits = {split: [] for split in Split}
+    for ward, num in num_patients.items():
+        for split, share in zip(Split, (1, 2, 2), strict=True):
+            for k in range(-(-num // share)):
+                whole[split] += [of_ward(f"{ward}-{split}-{k}", ward, split)] * 2
+    return whole
+
+
+def by_ward(whole: Splits, num_sites: int, seed: int = 1) -> list[Splits]:
+    return deal(whole, rule="column:ward", num_sites=num_sites, seed=seed)
+
+
+def wards_of(site: Splits) -> set[str]:
+    return {member.columns["ward"] for part in site.values() for member in part}
+
+
+WARDS = st.dictionaries(
+    st.text("abcdefgh", min_size=1, max_size=4), st.integers(1, 30), min_size=3, max_size=12
+)
+
+
+@given(WARDS, st.integers(1, 3))
+def test_a_column_deals_patients_of_one_value_to_one_site_and_every_case_once(
+    num_patients: dict[str, int], num_sites: int
+) -> None:
+    whole = wards(**num_patients)
+    sites = by_ward(whole, num_sites)
+    assert len(sites) == num_sites
+    owned = [wards_of(site) for site in sites]
+    assert sum(map(len, owned)) == len(set().union(*owned)) == len(num_patients)
+    for split, cases in whole.items():
+        dealt = [member.name for site in sites for member in site[split]]
+        assert sorted(dealt) == sorted(member.name for member in cases)
+    sizes = [len(train_patients(site)) for site in sites]
+    assert min(sizes) > 0
+    assert max(sizes) - min(sizes) <= max(num_patients.values())
+
+
+def test_values_of_a_column_are_put_together_so_that_sites_are_alike_in_size() -> None:
+    sites = by_ward(wards(a=5, b=30, c=10, d=20, e=10, f=5), 3)
+    assert sorted(len(train_patients(site)) for site in sites) == [25, 25, 30]
+
+
+def test_as_many_values_as_sites_give_each_site_one() -> None:
+    sites = by_ward(wards(east=3, west=40, north=7), 3)
+    assert [wards_of(site) for site in sites] == [{"west"}, {"north"}, {"east"}]
+
+
+def test_neither_seed_nor_order_of_the_table_moves_a_value_to_another_site() -> None:
+    whole = wards(a=5, b=5, c=10, d=10, e=2)
+    one = [wards_of(site) for site in by_ward(whole, 3)]
+    assert one == [wards_of(site) for site in by_ward(whole, 3, seed=2)]
+    turned = {split: cases[::-1] for split, cases in whole.items()}
+    assert one == [wards_of(site) for site in by_ward(turned, 3)]
+
+
+def test_a_value_without_training_patients_goes_to_one_site_too() -> None:
+    whole = wards(a=4, b=4, c=4)
+    whole[Split.TEST] += [of_ward(f"new-{k}", "new", Split.TEST) for k in range(5)]
+    sites = by_ward(whole, 3)
+    assert sum("new" in wards_of(site) for site in sites) == 1
+    assert sum(len(site[Split.TEST]) for site in sites) == len(whole[Split.TEST])
+
+
+def test_a_patient_with_two_values_goes_with_the_first() -> None:
+    whole = wards(a=4, b=3)
+    whole[Split.TRAIN] += [of_ward("moved", "a"), of_ward("moved", "b"), of_ward("moved", "b")]
+    sites = by_ward(whole, 2)
+    (site,) = [site for site in sites if "moved" in train_patients(site)]
+    assert "a-train-0" in train_patients(site)
+    assert sum(member.patient == "moved" for member in site[Split.TRAIN]) == 3
+
+
+WRONG_COLUMNS = {
+    "fewer values than sites": (
+        wards(a=4, b=3), "column:ward", "2 values with training patients cannot make 3 sites"
+    ),
+    "values that only test patients have": (
+        {**wards(a=4, b=3), Split.TEST: [of_ward("x", "c", Split.TEST)]}, "column:ward",
+        "2 values with training patients cannot make 3 sites",
+    ),
+    "no such column": (
+        wards(a=4, b=3, c=3), "column:clinic", "has no value there (columns: image, ward)"
+    ),
+    "an empty cell": (
+        {**wards(a=4, b=3, c=3), Split.TEST: [of_ward("x", "", Split.TEST)]}, "column:ward",
+        "test x has no value there",
+    ),
+    "a format without columns": (
+        data_set(60), "column:ward", "none: only csv tables have columns"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", WRONG_COLUMNS)
+def test_a_column_that_cannot_be_dealt_by_is_refused(title: str) -> None:
+    whole, rule, sentence = WRONG_COLUMNS[title]
+    with pytest.raises(ConfigError, match=f"^partition {rule}: ") as refused:
+        deal(whole, rule=rule, num_sites=3, seed=1)
+    assert sentence in str(refused.value)
+
+
+def test_masks_have_no_class_to_deal_by_but_are_dealt_at_random() -> None:
+    whole = wards(a=80, b=40, c=30)
+    with pytest.raises(ConfigError, match="masks have no class to deal by; use iid or column:NAME"):
+        deal(whole, rule="dirichlet:1", num_sites=3, seed=1)
+    sites = deal(whole, rule="iid", num_sites=3, seed=1)
+    assert [len(train_patients(site)) for site in sites] == [50, 50, 50]
+
+
+def test_phantoms_have_no_columns() -> None:
+    wanted = Wanted("binary", ("no lesion", "lesion"), channels=1, size=(32, 32))
+    cases = read_cases(PhantomData(name="phantoms", format="phantom", num_patients=4), wanted)
+    with pytest.raises(ConfigError, match="only csv tables have columns"):
+        deal({Split.TRAIN: cases}, rule="column:ward", num_sites=3, seed=1)
+
+
+def test_every_test_image_of_a_table_lies_at_exactly_one_site(
+    tmp_path: Path, make_study: Callable[..., Study]
+) -> None:
+    lines = ["image,label,who,ward"]
+    for k in range(60):
+        Image.new("L", (8, 8), k + 1).save(tmp_path / f"{k}.png")
+        lines.append(f"{k}.png,{('mass', 'air')[k % 2]},p{k // 2},{'abcd'[k // 2 % 4]}")
+    (tmp_path / "scans.csv").write_text("\n".join(lines))
+    data = CsvData(name="scans", format="csv", root=tmp_path, table="scans.csv", target="label",
+                   patient="who", splits={"validation": 0.2, "test": 0.3})  # fmt: skip
+    changes = {"input.size": [8, 8], "input.intensity": "dtype", "task.classes": ["mass", "air"]}
+    study = make_study(changes)
+    whole = load_site_data(data, study)
+    sites = [load_site_data(data, study, Deal("column:ward", 3, k, study.seed)) for k in range(3)]
+
+    def grey(part: Any) -> list[int]:
+        return (255 * part.pixels[:, 0, 0, 0]).round().int().tolist()
+
+    for split in ("train", "validation", "test"):
+        dealt = [value for site in sites for value in grey(getattr(site, split))]
+        assert sorted(dealt) == sorted(grey(getattr(whole, split)))
+        assert dealt
+    found = [
+        {"abcd"[(value - 1) // 2 % 4] for part in (site.train, site.test) for value in grey(part)}
+        for site in sites
+    ]
+    assert sum(map(len, found)) == len(set().union(*found)) == 4

@@ -12,12 +12,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.augment import augment
+from client.clipping import Units, by_brute_force
 from client.evaluate import BATCH, evaluate
 from client.images import Images
-from client.train import batches, learning_rate, train
+from client.noise import Keystream
+from client.train import batches, learning_rate, train, train_privately
+from common.accounting import Event
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
-from common.study import Augmentation, Study
+from common.plan import PrivacyPlan
+from common.study import Augmentation, DifferentialPrivacy, Study
 from common.tasks import Task, task_of
 
 FLIP = Augmentation(flip=1.0)
@@ -85,6 +89,8 @@ RECIPES = {
     "dropout": {"model": {"name": "cnn", "width": 4, "dropout": 0.5}},
     "every augmentation": {"augmentation": EVERYTHING},
     "logit adjustment": {"logit_adjustment": True},
+    "proximal term": {"proximal": 0.5, "local_epochs": 2},
+    "mixed precision": {"mixed_precision": True},
 }
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
@@ -131,6 +137,112 @@ def test_one_step_of_sgd_is_the_learning_rate_times_the_gradient(
     one.network.gradients.zero_()
     one.task.local_loss(None)(one.network(data.pixels), data.targets).backward()
     assert np.allclose(update, -0.25 * one.network.gradients.numpy(), atol=1e-6)
+
+
+def gradient(one: Trainer, model: NDArray[np.float32], data: Images) -> NDArray[np.float32]:
+    """By plain autograd, of the mean loss over all images."""
+    one.network.load(model)
+    loss = one.task.local_loss(None)(one.network(data.pixels), data.targets)
+    parts = torch.autograd.grad(loss, list(one.network.module.parameters()))
+    return torch.cat([part.reshape(-1) for part in parts]).numpy()
+
+
+@pytest.mark.parametrize("proximal", [0.0, 1.5, 4.0])
+def test_a_step_of_fedprox_is_the_rate_times_gradient_and_distance(
+    proximal: float, trainer: Callable[..., Trainer]
+) -> None:
+    one, data, rate = trainer(batch_size=64, local_epochs=3, proximal=proximal), images(12), 0.2
+    update = one.train(data, rate=rate)
+    start = model = one.model.copy()
+    for _ in range(3):
+        model = model - rate * (gradient(one, model, data) + proximal * (model - start))
+    assert np.allclose(update, model - start, atol=2e-6)
+    assert np.abs(update).max() > 1e-2
+
+
+def test_the_first_step_of_fedprox_knows_no_distance(trainer: Callable[..., Trainer]) -> None:
+    plain, pulled = (trainer(batch_size=64, proximal=mu).train(images()) for mu in (0.0, 9.0))
+    assert np.array_equal(plain, pulled)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_the_more_the_study_pulls_the_less_a_model_moves(
+    optimizer: str, trainer: Callable[..., Trainer]
+) -> None:
+    def length(proximal: float) -> float:
+        one = trainer(local_epochs=10, optimizer=optimizer, proximal=proximal)
+        return float(np.linalg.norm(one.train(images(), rate=0.02)))
+
+    free, light, strong = map(length, (0.0, 1.0, 20.0))
+    assert free > light > strong > 0
+    assert strong < free / 2
+
+
+def private_update(
+    one: Trainer, data: Images, *, probability: float, steps: int, noise: float = 1.0
+) -> NDArray[np.float32]:
+    """What DP-SGD gives with an expected batch of 4, always by the same stream."""
+    terms = DifferentialPrivacy(noise_multiplier=1.0, delta=1e-5, example_clip_norm=0.01)
+    plan = PrivacyPlan(
+        Event(noise, probability, steps), num_public=round(4 / probability), num_rounds=1,
+        terms=terms,
+    )  # fmt: skip
+    return train_privately(
+        one.model, data, one.study.training, plan, network=one.network, task=one.task, rate=0.5,
+        secrets=Keystream.from_seed("test"),
+    ).values  # fmt: skip
+
+
+@pytest.mark.parametrize("probability", [1e-12, 1.0], ids=["nobody drawn", "everybody drawn"])
+def test_under_privacy_the_pull_is_added_after_clipping_and_noise(
+    probability: float, trainer: Callable[..., Trainer]
+) -> None:
+    data, proximal, rate = images(4), 1.6, 0.5
+    plain, pulled = trainer(), trainer(proximal=proximal)
+    first = private_update(plain, data, probability=probability, steps=1)
+    assert np.array_equal(private_update(pulled, data, probability=probability, steps=1), first)
+    two = private_update(plain, data, probability=probability, steps=2)
+    together = private_update(pulled, data, probability=probability, steps=2)
+    # Clipped to 0.01 or divided by the batch, the pull would be smaller; noised, it would differ.
+    assert np.allclose(together - two, -rate * proximal * first, atol=1e-6)
+    assert np.linalg.norm(rate * proximal * first) > 0.01
+
+
+def test_without_noise_and_patients_only_the_pull_is_left(trainer: Callable[..., Trainer]) -> None:
+    nothing = private_update(trainer(proximal=9.0), images(4), probability=1e-12, steps=5, noise=0)
+    assert not nothing.any()  # the start pulls nowhere
+
+
+def test_a_private_step_of_fedprox_by_hand(trainer: Callable[..., Trainer]) -> None:
+    one, data = trainer(proximal=1.6), images(4)
+    found = private_update(one, data, probability=1.0, steps=2, noise=0)
+    start = model = one.model.copy()
+    for _ in range(2):
+        one.network.load(model)
+        units = Units(data.pixels, data.targets, (1, 1, 1, 1))
+        total = by_brute_force(one.network.module, units, one.task.local_loss(None), 0.01)
+        model = model - 0.5 * (total.numpy() / 4 + 1.6 * (model - start))
+    assert np.allclose(found, model - start, atol=1e-7)
+    assert np.abs(found).max() > 1e-4
+
+
+def test_mixed_precision_gives_almost_the_update_of_full_precision(
+    trainer: Callable[..., Trainer],
+) -> None:
+    data = images(40)
+    full, mixed = (trainer(mixed_precision=mixed).train(data) for mixed in (False, True))
+    assert mixed.dtype == np.float32
+    assert np.isfinite(mixed).all()
+    assert 0 < np.linalg.norm(mixed - full) < 0.1 * np.linalg.norm(full)
+
+
+def test_scoring_after_mixed_precision_is_in_full_precision(
+    trainer: Callable[..., Trainer],
+) -> None:
+    one, other, data = trainer(mixed_precision=True), trainer(), images()
+    one.train(data)
+    counts = [evaluate(t.model, data, network=t.network, task=t.task) for t in (one, other)]
+    assert np.array_equal(*counts)
 
 
 def test_training_lowers_the_loss(trainer: Callable[..., Trainer]) -> None:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,12 @@ FOLDER = {"data.format": "folder"}
 PHANTOM = {"data.format": "phantom", "data.root": GONE}
 THREE_CLASSES = {"task.labels": "multiclass", "task.classes": ["a", "b", "c"]}
 RESNET = {"model": {"name": "resnet18"}}
+UNET = {"name": "unet"}  # three halvings as given: sides are multiples of 8
+SEGMENTATION = {"task": {"kind": "segmentation", "classes": ["background", "lesion"]},
+                "model": UNET}  # fmt: skip
+PATCHES = {"input.patches": True, "training.local_epochs": GONE, "training.local_steps": 2}
+PRIVATE = {"privacy": {"noise_multiplier": 1.0, "delta": 1e-5, "example_clip_norm": 0.5}}
+STOPPING = {"training.early_stopping": {"patience": 2}}
 
 
 @dataclass(frozen=True)
@@ -174,7 +181,161 @@ STUDY_CASES = [
     Case("members are plain names", {"members": ["oslo-1"]}, "members.0", "object", "oslo-1"),
     Case("a member's name with a dot", {"members": [{"name": "a"}, {"name": PATIENT}]},
          "members.1.name", "match pattern", PATIENT),
+    # What an image is asked, and which network can answer.
+    Case("segmentation with one class", {**SEGMENTATION, "task.classes": ["lesion"]}, "task",
+         "background and at least one class", "lesion"),
+    Case("segmentation of two classes of one name",
+         {**SEGMENTATION, "task.classes": [PATIENT, PATIENT]}, "task", "repeats a name", PATIENT),
+    Case("labels for a segmentation", {**SEGMENTATION, "task.labels": "binary"}, "task.labels",
+         "not permitted", ""),
+    *(Case(f"a {name} for a segmentation",
+           {**SEGMENTATION, "model": {"name": name}}, "model.name",
+           f"{name} answers for a whole image; this task is segmentation", "")
+      for name in ("cnn", "resnet18", "densenet121", "efficientnet-b0")),
+    *(Case(f"a {name} for a classification", {"model": {"name": name}}, "model.name",
+           f"{name} answers for every pixel; this task is classification", "")
+      for name in ("unet", "attention-unet")),
+    Case("a U-Net and a side that does not halve three times",
+         {**SEGMENTATION, "input.size": [32, 36]}, "input.size", "unet needs sides that are mult"),
+    Case("a deeper U-Net than the side halves",
+         {**SEGMENTATION, "model.channels": [4, 4, 4, 4, 4, 4, 4]}, "input.size",
+         "multiples of 64"),
+    Case("a volume of which one side does not halve",
+         {**SEGMENTATION, "input.size": [12, 16, 16]}, "input.size", "multiples of 8"),
+    Case("an attention U-Net and a side that does not halve",
+         {**SEGMENTATION, "model": {"name": "attention-unet", "channels": [8, 8]},
+          "input.size": [31, 32]}, "input.size", "attention-unet needs sides that are multiples"),
+    Case("a U-Net of one level", {**SEGMENTATION, "model.channels": [16]}, "model.channels",
+         "at least 2"),
+    Case("a U-Net of eight levels", {**SEGMENTATION, "model.channels": [4] * 8}, "model.channels",
+         "at most 7"),
+    Case("a U-Net's level of five maps", {**SEGMENTATION, "model.channels": [16, 32, 5]},
+         "model.channels.2", "multiple of 4"),
+    Case("attention gates with residual units",
+         {**SEGMENTATION, "model": {"name": "attention-unet", "residual_units": 987}},
+         "model.residual_units", "not permitted", "987"),
+    Case("images too small for a DenseNet",
+         {"model": {"name": "densenet121"}, "input.size": [31, 64]}, "input.size",
+         "densenet121 needs at least 32 pixels"),
+    Case("images too small for an EfficientNet",
+         {"model": {"name": "efficientnet-b0"}, "input.size": [64, 15]}, "input.size",
+         "efficientnet-b0 needs at least"),
+    Case("a volume too flat for a ResNet", {**RESNET, "input.size": [8, 32, 32]}, "input.size",
+         "resnet18 needs at least 16 pixels"),
+    Case("frozen parameters as one text", {"model.frozen": PATIENT}, "model.frozen", "array"),
+    # How images become input.
+    Case("patches for a label", PATCHES, "input.patches", "one of the whole image"),
+    Case("patches in epochs", {**SEGMENTATION, "input.patches": True}, "training.local_epochs",
+         "give local_steps", ""),
+    Case("one colour of three channels", {"input.channels": 3, "input.colour": "green"},
+         "input.colour", "set input.channels = 1", "green"),
+    Case("an unknown colour", {"input.colour": "infrared"}, "input.colour", "'luminance'"),
+    # What training lowers.
+    Case("unknown loss", {"training.loss.kind": "tversky"}, "training.loss.kind",
+         "'cross-entropy'"),
+    *(Case(f"{kind} for a label", {"training.loss.kind": kind}, "training.loss.kind",
+           "compares masks; this task is classification", "")
+      for kind in ("dice", "dice-cross-entropy")),
+    Case("a weight for each of three classes, of two",
+         {"training.loss.class_weights": [1.5, 2.5, 9.75]}, "training.loss.class_weights",
+         "3 given, the task has 2", "9.75"),
+    Case("too few weights for a segmentation",
+         {**SEGMENTATION, "task.classes": ["a", "b", "c"],
+          "training.loss.class_weights": [1.5, 9.75]},
+         "training.loss.class_weights", "2 given, the task has 3", "9.75"),
+    Case("one weight for two classes", {"training.loss.class_weights": [9.75]},
+         "training.loss.class_weights", "1 given, the task has 2", "9.75"),
+    Case("weights for Dice alone",
+         {**SEGMENTATION, "training.loss": {"kind": "dice", "class_weights": [1.5, 9.75]}},
+         "training.loss.class_weights", "dice takes none", "9.75"),
+    Case("a class of weight 0", {"training.loss.class_weights": [1.5, 0.0]},
+         "training.loss.class_weights.1", "greater than 0"),
+    Case("focal loss that forgets no easy example", {"training.loss.focal_gamma": 0.9875},
+         "training.loss.focal_gamma", "greater than or equal to 1"),
+    Case("Dice over something else", {"training.loss.dice_over": "volume"},
+         "training.loss.dice_over", "'image' or 'batch'"),
+    # How long, and which model is returned.
+    Case("early stopping by AUROC of a segmentation",
+         {**SEGMENTATION, "training.early_stopping": {"patience": 2, "figure": "auroc"}},
+         "training.early_stopping.figure", "this task has loss, dice, iou", "auroc"),
+    Case("early stopping and an average of models",
+         {**STOPPING, "server_optimizer": {"name": "fedavg", "ema": 0.9875}},
+         "server_optimizer.ema", "early stopping a single one", "0.9875"),
+    Case("an average that never forgets", {"server_optimizer": {"name": "fedavgm", "ema": 1.0}},
+         "server_optimizer.ema", "less than 1", ""),
+    Case("logit adjustment of a segmentation",
+         {**SEGMENTATION, "training.logit_adjustment": True}, "training.logit_adjustment",
+         "labels of whole images", ""),
+    Case("warm-up over all rounds", {"training.warmup_rounds": 2}, "training.warmup_rounds",
+         "the study has 2 rounds in all"),
+    Case("warm-up over more than all rounds", {"training.warmup_rounds": 987},
+         "training.warmup_rounds", "the study has 2 rounds in all"),
+    Case("negative warm-up", {"training.warmup_rounds": -987}, "training.warmup_rounds",
+         "greater than or equal to 0"),
+    Case("a pull the wrong way", {"training.proximal": -0.125}, "training.proximal",
+         "greater than or equal to 0"),
+    # What would release more about a patient than the noise covers.
+    Case("privacy and Dice over the batch",
+         {**SEGMENTATION, **PRIVATE, "training.loss": {"kind": "dice", "dice_over": "batch"}},
+         "training.loss.dice_over", "one patient's gradient depend on another's", ""),
+    Case("privacy and Dice over the batch beside cross-entropy",
+         {**SEGMENTATION, **PRIVATE,
+          "training.loss": {"kind": "dice-cross-entropy", "dice_over": "batch"}},
+         "training.loss.dice_over", "set it to image", ""),
+    Case("privacy in half precision", {**PRIVATE, "training.mixed_precision": True},
+         "training.mixed_precision", "clip norm is measured on", ""),
+    Case("privacy and logit adjustment", {**PRIVATE, "training.logit_adjustment": True},
+         "training.logit_adjustment", "class shares, which are private", ""),
+    Case("privacy and early stopping", {**PRIVATE, **STOPPING}, "training.early_stopping",
+         "not noised", ""),
+    Case("privacy by both epsilon and noise", {**PRIVATE, "privacy.epsilon": 3.5}, "privacy",
+         "exactly one of epsilon", "3.5"),
+    Case("privacy by neither epsilon nor noise", {**PRIVATE, "privacy.noise_multiplier": GONE},
+         "privacy", "exactly one of epsilon", ""),
+    Case("several images of a unit that is one image",
+         {**PRIVATE, "privacy.unit": "image", "privacy.max_images_per_patient": 987}, "privacy",
+         "leave out max_images_per_patient", "987"),
 ]  # fmt: skip
+
+# Values that stand just on the right side of the conflicts above.
+GOOD_STUDIES = {
+    "a segmentation": SEGMENTATION,
+    "a segmentation of four classes with a weight each":
+        {**SEGMENTATION, "task.classes": list("abcd"),
+         "training.loss": {"kind": "dice-cross-entropy", "class_weights": [1.0, 2.0, 3.0, 4.0]}},
+    "a label with a weight per class": {"training.loss.class_weights": [1.0, 2.0]},
+    "a focal loss of labels": {"training.loss.kind": "focal", "training.loss.focal_gamma": 1.0},
+    "a focal loss of pixels": {**SEGMENTATION, "training.loss.kind": "focal"},
+    "the smallest image of a U-Net": {**SEGMENTATION, "input.size": [8, 8]},
+    "a volume": {**SEGMENTATION, "input.size": [8, 16, 24]},
+    "an attention U-Net of two levels":
+        {**SEGMENTATION, "model": {"name": "attention-unet", "channels": [8, 8]},
+         "input.size": [30, 32]},
+    "a U-Net as deep as the side halves": {**SEGMENTATION, "model.channels": [4, 4, 4, 4, 4, 8]},
+    "patches in steps": {**SEGMENTATION, **PATCHES},
+    "the green of colour files": {"input.colour": "green"},
+    "three channels": {"input.channels": 3},
+    "a ResNet of volumes": {**RESNET, "input.size": [16, 16, 16]},
+    "the smallest image of a DenseNet":
+        {"model": {"name": "densenet121"}, "input.size": [32, 32]},
+    "an EfficientNet": {"model": {"name": "efficientnet-b0"}},
+    "early stopping by Dice":
+        {**SEGMENTATION, "training.early_stopping": {"patience": 2, "figure": "dice"}},
+    "an average of models": {"server_optimizer": {"name": "fedyogi", "ema": 0.875}},
+    "early stopping without an average": {**STOPPING, "server_optimizer": {"name": "fedavgm"}},
+    "warm-up over all rounds but one": {"training.warmup_rounds": 1},
+    "logit adjustment of labels": {"training.logit_adjustment": True},
+    "half precision": {"training.mixed_precision": True},
+    "Dice over the batch, without privacy":
+        {**SEGMENTATION, "training.loss": {"kind": "dice", "dice_over": "batch"}},
+    "privacy with Dice over each image":
+        {**SEGMENTATION, **PRIVATE, "training.loss": {"kind": "dice", "dice_over": "image"}},
+    "privacy with an average of models":
+        {**PRIVATE, "server_optimizer": {"name": "fedavg", "ema": 0.875}},
+    "privacy and cross-entropy, which has no batch to couple":
+        {**SEGMENTATION, **PRIVATE, "training.loss.dice_over": "batch"},
+    "privacy with several images of a patient": {**PRIVATE, "privacy.max_images_per_patient": 4},
+}  # fmt: skip
 
 SITE_CASES = [
     SiteCase("site without a name", {"name": GONE}, "name", "Field required"),
@@ -247,6 +408,17 @@ def without_gone(table: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def leaves(table: Mapping[str, Any], beginning: str = "") -> dict[str, str]:
+    """Dotted key to value, as text."""
+    found: dict[str, str] = {}
+    for key, value in table.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{beginning}{key}.")
+        else:
+            found[beginning + key] = repr(value)
+    return found
+
+
 def problems(error: ConfigError) -> dict[str, str]:
     """Key to sentence, from a message whose head counts them."""
     head, *lines = str(error).splitlines()
@@ -260,6 +432,13 @@ def test_the_file_that_all_mistakes_are_made_in_is_good(
     kind: type[Frozen], write: Callable[..., Path]
 ) -> None:
     assert isinstance(load(write({}, kind), kind), kind)
+
+
+@pytest.mark.parametrize("title", GOOD_STUDIES)
+def test_what_fits_together_is_accepted_and_kept(title: str, write: Callable[..., Path]) -> None:
+    path = write(GOOD_STUDIES[title])
+    study, table = load(path, Study), tomllib.loads(path.read_text())
+    assert leaves(table).items() <= leaves(study.as_table()).items()
 
 
 @pytest.mark.parametrize("case", [*STUDY_CASES, *SITE_CASES], ids=str)
@@ -284,6 +463,41 @@ def test_there_are_enough_mistakes() -> None:
     assert len(set(titles)) == len(titles) >= 50
 
 
+def test_impossible_combinations_are_shown_at_once(write: Callable[..., Path]) -> None:
+    edits = {
+        **PRIVATE,
+        **STOPPING,
+        "model": UNET,
+        "input": {"size": [36, 32], "patches": True, "channels": 3, "colour": "red"},
+        "training.logit_adjustment": True,
+        "training.mixed_precision": True,
+        "training.loss": {"kind": "dice", "dice_over": "batch", "class_weights": [1.0]},
+        "training.warmup_rounds": 2,
+        "server_optimizer": {"name": "fedavg", "ema": 0.5},
+    }
+    with pytest.raises(ConfigError) as refused:
+        load(write(edits), Study)
+    found = problems(refused.value)
+    assert set(found) == {
+        "model.name",
+        "input.size",
+        "input.patches",
+        "input.colour",
+        "training.local_epochs",
+        "training.logit_adjustment",
+        "training.early_stopping",
+        "training.mixed_precision",
+        "training.warmup_rounds",
+        "training.loss.kind",
+        "training.loss.class_weights",
+        "training.loss.dice_over",
+        "server_optimizer.ema",
+    }
+    assert found["training.loss.class_weights"] == (
+        "1 given, the task has 2; dice takes none; every class counts the same"
+    )
+
+
 def test_several_problems_are_shown_at_once(write: Callable[..., Path]) -> None:
     edits = {
         "seed": "98765",
@@ -300,6 +514,22 @@ def test_several_problems_are_shown_at_once(write: Callable[..., Path]) -> None:
     wanted = {"seed", "colour", "model.width", "input.size.1", "privacy"}
     assert wanted <= set(problems(refused.value))
     assert PATIENT not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("edits", "key"),
+    [
+        ({**SEGMENTATION, "model.channels": [16, 5]}, "model.channels.1"),
+        ({"input.size": [32, "32"]}, "input.size.1"),
+    ],
+    ids=["a U-Net's level", "an image's side"],
+)
+def test_a_wrong_item_does_not_make_its_list_too_short(
+    edits: dict[str, Any], key: str, write: Callable[..., Path]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(write(edits), Study)
+    assert set(problems(refused.value)) == {key}
 
 
 def test_a_wrong_type_does_not_hide_an_impossible_combination(write: Callable[..., Path]) -> None:

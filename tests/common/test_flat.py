@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from common.models.build import build_network
 from common.models.flat import FlatNetwork, Schema
-from common.models.normalise import batch_to_group_norm
+from common.models.normalise import to_group_norm
 from common.study import Study
 
 CPU = torch.device("cpu")
@@ -235,7 +235,7 @@ def batch_norms(module: nn.Module) -> Iterator[nn.Module]:
 def test_batch_normalisation_is_replaced_wherever_it_hides() -> None:
     inner = nn.Sequential(nn.Conv2d(1, 48, 1), nn.BatchNorm2d(48))
     network = nn.Sequential(inner, nn.ModuleDict({"deep": nn.Sequential(nn.BatchNorm1d(5))}))
-    assert batch_to_group_norm(network) is network
+    assert to_group_norm(network) is network
     assert not list(batch_norms(network))
     replaced = [layer for layer in network.modules() if isinstance(layer, nn.GroupNorm)]
     assert [(layer.num_groups, layer.num_channels) for layer in replaced] == [(8, 48), (1, 5)]
