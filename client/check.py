@@ -10,7 +10,7 @@ import numpy as np
 
 from client.config import CsvData, Data, FolderData, NpzData, SiteConfig
 from client.dataset import load_sample, split_cases
-from client.policy import check_policy
+from client.policy import check_policy, check_unit
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Labels, Split
 from client.readers.csv import read_rows
@@ -42,6 +42,7 @@ def check(config: SiteConfig, study: Study | None = None) -> Iterator[str]:
             raise ConfigError(f"{config.name} is not a member of study {study.name}")
         yield f"study {study.name}: digest {study.digest()}"
         check_policy(config.policy, study, config.data.declared_patients)
+        check_unit(config.data, study)
         yield "policy: permits this study"
     wanted = Wanted.by(study) if study else _seen(config.data)
     cases = read_cases(config.data, wanted)

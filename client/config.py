@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from common.config import Frozen, RelativePath, validate
 from common.study import Count, Name
@@ -33,6 +33,11 @@ class _Data(Frozen):
     split_seed: Annotated[int, Field(ge=0)] = 0
     splits: SplitFractions = SplitFractions()
 
+    @property
+    def names_patients(self) -> bool:
+        """Whether it is known which images are of one patient."""
+        return True
+
 
 class NpzData(_Data):
     """One npz file in the MedMNIST layout: ``{train,val,test}_{images,labels}``."""
@@ -40,6 +45,11 @@ class NpzData(_Data):
     format: Literal["npz"]
     root: RelativePath  # the file, or a folder with exactly one
     patients: bool = False  # the file also has {train,val,test}_patients
+
+    @property
+    def names_patients(self) -> bool:
+        """See ``_Data``."""
+        return self.patients
 
 
 class FolderData(_Data):
@@ -52,6 +62,17 @@ class FolderData(_Data):
     masks: str = "masks"
     valid: str | None = None  # where loss and figures count; without it, everywhere
     patient: str | None = None  # pattern whose first group, in the file's name, is the patient
+
+    @property
+    def names_patients(self) -> bool:
+        """See ``_Data``."""
+        return self.patient is not None
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> FolderData:
+        if self.valid is not None and self.layout != "pairs":
+            raise ValueError('valid belongs to layout = "pairs"')
+        return self
 
     @field_validator("patient")
     @classmethod
@@ -75,6 +96,11 @@ class CsvData(_Data):
     valid: str | None = None
     patient: str | None = None
     split: str | None = None
+
+    @property
+    def names_patients(self) -> bool:
+        """See ``_Data``."""
+        return self.patient is not None
 
 
 class PhantomData(_Data):

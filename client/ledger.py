@@ -33,8 +33,14 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._events()
 
-    def debit(self, run: str, sum_number: int, event: Event) -> None:
+    def debit(self, run: str, sum_number: int, event: Event, *, num_rounds: int) -> None:
         """Charge one sum; on disk when this returns.
+
+        Args:
+          run: The run.
+          sum_number: Charged once, however often it is asked for.
+          event: What it costs.
+          num_rounds: Sums that the study's epsilon pays for; a void one counts too.
 
         Raises:
           BudgetExhausted: It does not fit; nothing is charged, and no data may be opened.
@@ -47,6 +53,11 @@ class Ledger:
                 return
             if known is not None:
                 raise DataError(f"the ledger of {self._data_name} holds another event for this sum")
+            if len(self.events_of(run)) >= num_rounds:
+                raise BudgetExhausted(
+                    f"sum {sum_number}: this run was charged for {num_rounds} sums on data set "
+                    f"{self._data_name}, as many as its epsilon pays for; start a new run"
+                )
             self.check([event], f"sum {sum_number}")
             line = {"run": run, "sum": sum_number, **asdict(event)}
             os.fchmod(file.fileno(), 0o600)

@@ -38,13 +38,15 @@ def deal(splits: Splits, *, rule: str, num_sites: int, seed: int) -> list[dict[S
       ConfigError: No deal leaves each site at least 20 training patients; or the rule does not fit
         the data.
     """
+    num_patients = len({case.patient for case in splits[Split.TRAIN]})
+    if num_patients < num_sites:
+        raise ConfigError(f"{num_patients} training patients cannot make {num_sites} sites")
     if rule.startswith("column:"):
         return _deal_by_column(splits, rule.removeprefix("column:"), num_sites)
     if rule != "iid" and any(case.target is None for cases in splits.values() for case in cases):
         raise ConfigError(
             f"partition {rule}: masks have no class to deal by; use iid or column:NAME"
         )
-    num_patients = len({case.patient for case in splits[Split.TRAIN]})
     if rule != "iid" and num_patients < MIN_TRAIN_PATIENTS * num_sites:
         raise ConfigError(
             f"partition {rule}: {num_patients} training patients cannot give {num_sites} sites "

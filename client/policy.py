@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from client.config import Policy
-from common.errors import PolicyError
+from client.config import Data, Policy
+from common.errors import ConfigError, PolicyError
 from common.plan import plan_privacy
 from common.study import DifferentialPrivacy, NoPrivacy, Study
 
@@ -19,6 +19,23 @@ def check_policy(policy: Policy, study: Study, declared_patients: int | None) ->
     if broken := list(_broken(policy, study, declared_patients)):
         rules = "; ".join(broken)
         raise PolicyError(f"study {study.name}: {rules}; the site's owner decides on [policy]")
+
+
+def check_unit(data: Data, study: Study) -> None:
+    """Refuse a promise about patients where nobody knows which images are of one patient.
+
+    Raises:
+      ConfigError: The study's unit is the patient and the data name none.
+    """
+    terms = study.privacy
+    if isinstance(terms, DifferentialPrivacy) and terms.unit == "patient":
+        if data.names_patients:
+            return
+        key = "data.patients" if data.format == "npz" else "data.patient"
+        raise ConfigError(
+            f"data set {data.name} names no patients and study {study.name} promises privacy to "
+            f'patients; set {key}, or let the study say privacy.unit = "image"'
+        )
 
 
 def _broken(policy: Policy, study: Study, declared: int | None) -> Iterator[str]:

@@ -56,7 +56,9 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
     """Score the incoming model, train it on local images and return the masked update."""
     if site.plan is not None:
         # Debit before the data is touched: a crash may waste budget, never overspend it.
-        site.ledger.debit(session.run, task.sum_number, site.plan.event)
+        site.ledger.debit(
+            session.run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds
+        )
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
     update = local_update(task, site)
     quantized = quantize(

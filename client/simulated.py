@@ -18,7 +18,9 @@ from client.dataset import (
     load_site_data,
 )
 from client.images import Images, Scans
+from client.policy import check_unit
 from client.site import Site, open_site, pick_device
+from common.errors import ConfigError
 from common.simulation import Simulation
 from common.study import Study
 
@@ -45,6 +47,11 @@ def source_of(study: Study, simulation: Simulation, index: int) -> Source:
         table["site_index"] = index
     config = simulated_table(Path(study.name), table, simulation.budget)
     data, dealt = config.data, None
+    check_unit(data, study)
+    if not simulation.generates_data and data.declared_patients is not None:
+        raise ConfigError(
+            "data.declared_patients: in a simulation a site declares what it is dealt; leave it out"
+        )
     if not simulation.generates_data:
         dealt = Deal(simulation.partition, simulation.num_sites, index, study.seed)
     declared = data.declared_patients if dealt is None else None

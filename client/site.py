@@ -83,9 +83,15 @@ class Site:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the GPU where there is one."""
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+      ConfigError: A GPU is asked for and there is none.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('device "cuda": torch finds no GPU here; set device to "auto" or "cpu"')
     return torch.device(name)
 
 

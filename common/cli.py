@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,6 +21,10 @@ PartitionOption = Annotated[
 SetOption = Annotated[list[str], typer.Option("--set", help="key=value; replaces a value.")]
 RunDirOption = Annotated[Path | None, typer.Option(help="Default: runs/<study name>.")]
 SeedOption = Annotated[int | None, typer.Option(help="Replaces the study's seed.")]
+DeviceOption = Annotated[
+    Literal["cpu", "cuda", "auto"],
+    typer.Option(help="Where simulated sites train; bits repeat on one kind of device only."),
+]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --run-dir.")]
 
 

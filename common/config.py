@@ -61,7 +61,7 @@ def load(path: Path, kind: type[Model], overrides: Mapping[str, Any] | None = No
     """
     table = read_table(path)
     for key, value in (overrides or {}).items():
-        _replace(table, key, value)
+        replace_value(table, key, value)
     return validate(table, kind, source=path)
 
 
@@ -159,7 +159,8 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key.strip(), value
 
 
-def _replace(table: dict[str, Any], dotted: str, value: Any) -> None:
+def replace_value(table: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set one value of a parsed file by its dotted key."""
     *sections, last = dotted.split(".")
     for section in sections:
         table = table.setdefault(section, {})

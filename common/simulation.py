@@ -15,7 +15,14 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from common.config import Frozen, load, parse_assignment, read_table, validate
+from common.config import (
+    Frozen,
+    load,
+    parse_assignment,
+    read_table,
+    replace_value,
+    validate,
+)
 from common.errors import ConfigError
 from common.study import MIN_SITES, Study
 
@@ -76,8 +83,10 @@ def plan_simulation(
         raise ConfigError(f"{num_sites} sites, the study needs {study.cohort.min_sites} or more")
     if not study.members:
         study = study.with_members(tuple(f"site-{k + 1}" for k in range(num_sites)))
+    data_root = data_root or str(of_data.pop("root", ""))
     table, budget = _site_tables(study_path, data_root)
-    table |= of_data
+    for key, value in of_data.items():
+        replace_value(table, key, value)
     if table.get("format") == "phantom" and partition:
         raise ConfigError("--partition: phantoms are not dealt out, each site generates its own")
     simulation = _check(num_sites, partition or "iid", table, budget)

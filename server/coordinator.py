@@ -112,6 +112,8 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
         }
         run_dir.save(state, this.schema, line)
         observer.finished_round(line)
+    if state.round_number == 0:
+        raise RoundAborted("every sum was void and nothing was learned; see the sites' logs")
     return conclude(this, manifest, state)
 
 

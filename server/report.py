@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import ConfigError, FederationError
+from common.models.build import build_network
 from common.simulation import STUDY
 from server.global_model import averaged_model, moving_average
 from server.reporting.facts import facts_of
@@ -128,6 +129,9 @@ def check_record(record: Record) -> None:
                 f"{FINAL}: {name} is not what models/ gives for round "
                 f"{record.summary['returned_round']}, which {SUMMARY} says was returned"
             )
+    for name, tensor in build_network(record.study).kept().items():
+        if name not in final or not np.array_equal(tensor, final[name]):
+            raise FederationError(f"{FINAL}: {name} is not what this study freezes it at")
     for what, file, computed, recorded in _recorded_twice(record):
         if not _same(computed, recorded):
             raise FederationError(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from common.manifest import Manifest
 from common.messages import Purpose, RoundTask
 from common.quantize import next_exponents
-from common.study import Study
+from common.study import DifferentialPrivacy, Study
 from common.tasks import Figures
 from server.global_model import (
     OptimizerState,
@@ -120,6 +120,8 @@ def finished(state: State, study: Study) -> bool:
     """Whether no further training round is due."""
     if state.round_number >= study.num_rounds or state.is_scored:
         return True
+    if isinstance(study.privacy, DifferentialPrivacy) and state.sum_number >= study.num_rounds:
+        return True  # a void sum was paid for like any other: the sites have no epsilon left
     stopping = study.training.early_stopping
     if stopping is None or len(state.validation) < 2:  # noqa: PLR2004
         return False

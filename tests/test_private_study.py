@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,10 @@ import numpy as np
 import pytest
 from federation import PHANTOMS, answers_of, federate, open_sites, tiny_simulation, tiny_study
 
-from client.simulated import simulated_site
+from client.simulated import simulated_site, source_of
 from common.accounting import Event, epsilon_of
-from common.errors import BudgetExhausted, ConfigError
-from common.messages import Upload
+from common.errors import BudgetExhausted, ConfigError, DataError
+from common.messages import RoundTask, Upload
 from server.network import LoopbackNetwork
 
 PRIVACY: dict[str, Any] = {
@@ -89,3 +90,53 @@ def test_a_budget_for_patients_does_not_pay_for_a_promise_about_images(tmp_path:
     simulation = tiny_simulation(study).model_copy(update={"budget": budget})
     with pytest.raises(ConfigError, match=r"budget\.unit"):
         simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
+
+
+def test_a_promise_to_patients_needs_data_that_name_them(tmp_path: Path) -> None:
+    study = tiny_study(privacy=PRIVACY)
+    data = {"name": "scans", "format": "folder", "root": str(tmp_path)}
+    simulation = tiny_simulation(study).model_copy(update={"data": data})
+    with pytest.raises(ConfigError, match=r"names no patients .* set data\.patient, or"):
+        source_of(study, simulation, 0)
+    by_image = tiny_study(privacy={**PRIVACY, "unit": "image"})
+    with pytest.raises(DataError, match="no PNG"):  # the next step: the folder is empty
+        source_of(by_image, simulation, 0)
+
+
+def test_a_void_sum_is_paid_for_so_the_run_ends_a_round_earlier(tmp_path: Path) -> None:
+    study = tiny_study(privacy=PRIVACY)
+    sites = open_sites(study, tmp_path / "sites")
+
+    class Silent(LoopbackNetwork):
+        def ask(self, sites, message):
+            silent = isinstance(message, RoundTask) and message.sum_number == 1
+            yield from super().ask(sites[:1] if silent else sites, message)
+
+    summary = federate(study, tmp_path / "run", network=Silent(answers_of(sites)))
+    assert summary["num_rounds"] == 2
+    # site-1 answered the void sum too and was charged for it; nobody exceeds the study's epsilon.
+    assert summary["privacy"]["site-1"]["steps"] == 3 * 2
+    assert summary["privacy"]["site-2"]["steps"] == 2 * 2
+    assert max(site["epsilon"] for site in summary["privacy"].values()) <= 8.0
+
+
+def test_a_site_refuses_more_sums_than_the_studys_epsilon_pays_for(tmp_path: Path) -> None:
+    study = tiny_study(privacy=PRIVACY)
+    sites = open_sites(study, tmp_path / "sites")
+    greedy = []
+
+    class Greedy(LoopbackNetwork):
+        """Asks for training again and again under new sum numbers."""
+
+        def ask(self, sites, message):
+            yield from super().ask(sites, message)
+            if isinstance(message, RoundTask) and message.sum_number == 2:
+                for number in (3, 4):
+                    again = replace(message, sum_number=number)
+                    with pytest.raises(BudgetExhausted, match="as many as its epsilon pays for"):
+                        answers_of(opened)["site-1"](again)
+                    greedy.append(number)
+
+    opened = sites
+    federate(study, tmp_path / "run", network=Greedy(answers_of(sites)))
+    assert greedy == [3, 4]

@@ -52,18 +52,20 @@ def read_rows(data: CsvData) -> list[tuple[int, dict[str, str]]]:
             present = reader.fieldnames
             rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not a readable table ({error}); set data.table") from None
+        fix = "set data.root and data.table"
+        raise DataError(f"{path}: not a readable table ({error}); {fix}") from None
     asked = (data.image, data.target, data.patient, data.split, data.valid)
     for column in filter(None, asked):
         if column not in present:
             raise DataError(f"{path.name}: no column {column!r}; it has {', '.join(present)}")
     if twice := [column for column in present if present.count(column) > 1]:
         raise DataError(f"{path.name}: two columns are named {twice[0]!r}")
+    for line, row in rows:
+        if len(row) != len(present) or None in row.values():
+            raise DataError(f"{path.name}, line {line}: not {len(present)} cells as in the header")
     if not rows:
         raise DataError(f"{path.name}: no row; a line per image is expected")
-    return [
-        (line, {column: (row[column] or "").strip() for column in present}) for line, row in rows
-    ]
+    return [(line, {column: cell.strip() for column, cell in row.items()}) for line, row in rows]
 
 
 def _case(data: CsvData, wanted: Wanted, row: Row, line: int) -> Case:

@@ -32,7 +32,8 @@ def read_image(path: Path, channels: int, colour: str = "luminance") -> NDArray[
     """
     with _opened(path) as image:
         if image.mode in WIDE_MODES:
-            return np.array(image)[None]  # converting would clip to 8 bits
+            wide = np.array(image)[None]  # converting would clip to 8 bits
+            return wide.astype(wide.dtype.newbyteorder("="))
         grey = channels == 1 or (channels == AS_STORED and image.mode in ("1", "L", "LA"))
         if grey and colour in BANDS and image.mode not in ("1", "L", "LA"):
             return np.array(image.convert("RGB").getchannel(BANDS[colour]))[None]
@@ -49,7 +50,7 @@ def read_mask(path: Path, valid: Path | None, num_classes: int) -> NDArray[np.ui
     Raises:
       DataError: A file cannot be read; or the two differ in size.
     """
-    values = _plain_values(path)
+    values = _plain_values(path, as_grey=num_classes == 2)  # noqa: PLR2004
     if num_classes == 2:  # noqa: PLR2004
         mask: NDArray[np.uint8] = (values != 0).astype(np.uint8)
     elif values.max(initial=0) >= OUTSIDE:
@@ -58,23 +59,30 @@ def read_mask(path: Path, valid: Path | None, num_classes: int) -> NDArray[np.ui
         mask = values.astype(np.uint8)
     if valid is None:
         return mask
-    inside = _plain_values(valid) != 0
+    inside = _plain_values(valid, as_grey=True) != 0
     if inside.shape != mask.shape:
         raise DataError(f"{valid.name}: the valid region and the mask differ in size")
     mask[~inside] = OUTSIDE
     return mask
 
 
-def _plain_values(path: Path) -> NDArray[Any]:
-    """One number per pixel as the file has it; a palette's index is not a colour."""
+def _plain_values(path: Path, *, as_grey: bool) -> NDArray[Any]:
+    """One whole number per pixel.
+
+    Of a file with a palette that is its brightness with ``as_grey``, since black is the background
+    whatever its index; else the index, which is the class.
+    """
     if path.suffix.lower() in LOSSY:
         raise DataError(f"{path.name}: JPEG blurs the classes of a mask; save it as PNG or TIFF")
     with _opened(path) as image:
-        values = np.asarray(image.getchannel("L") if image.mode == "LA" else image)
+        plain = image.mode == "LA" or (image.mode == "P" and as_grey)
+        values = np.asarray(image.convert("L") if plain else image)
     if values.ndim == 3 and (values[..., :1] == values[..., :3]).all():  # noqa: PLR2004
         values = values[..., 0]  # grey, saved as colour
     if values.ndim != 2 or values.min(initial=0) < 0:  # noqa: PLR2004
         raise DataError(f"{path.name}: a mask holds one class per pixel; this file has colours")
+    if values.dtype.kind == "f" and not (values == np.trunc(values)).all():
+        raise DataError(f"{path.name}: a mask holds classes; this file has fractions")
     return values
 
 
@@ -82,6 +90,8 @@ def _opened(path: Path) -> Image.Image:
     """The whole image in memory; its file is closed."""
     try:
         with Image.open(path) as image:
+            if (num_pages := getattr(image, "n_frames", 1)) > 1:
+                raise DataError(f"{path.name}: {num_pages} pages; save each as a file of its own")
             image.load()
             return image.copy()
     except FileNotFoundError:

@@ -82,6 +82,11 @@ class TrainingLoss(Frozen):
         if self.class_weights and len(self.class_weights) != num_classes:
             given = len(self.class_weights)
             yield "training.loss.class_weights", f"{given} given, the task has {num_classes}"
+        if self.dice_over == "batch" and not self.has_dice:
+            yield "training.loss.dice_over", f"{self.kind} has no overlap; leave it out"
+        usual = type(self).model_fields["focal_gamma"].default
+        if self.focal_gamma != usual and self.kind != "focal":
+            yield "training.loss.focal_gamma", f"{self.kind} takes none; leave it out"
         if self.class_weights and self.kind == "dice":
             yield "training.loss.class_weights", "dice takes none; every class counts the same"
 

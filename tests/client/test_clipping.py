@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from client.clipping import (
     PerImageEngine,
     Units,
+    _sum_clipped,
     by_brute_force,
     check_engine,
     check_layers,
@@ -206,3 +207,18 @@ def test_the_start_up_check_refuses_an_engine_that_is_wrong(
     )
     with pytest.raises(ConfigError, match="differs from brute force"):
         check_engine(network, (1, 32, 32), _loss(), targets)
+
+
+def test_the_bound_holds_in_float32_with_as_many_parameters_as_a_resnet() -> None:
+    rows = torch.randn((3, 11_000_000), generator=torch.Generator().manual_seed(0))
+    for row in rows:
+        clipped = _sum_clipped(row[None], 0.7).double().norm()
+        assert 0.7 * (1 - 1e-5) < float(clipped) <= 0.7
+
+
+def test_the_start_up_check_refuses_an_engine_that_does_not_clip(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("client.clipping._sum_clipped", lambda rows, _: rows.sum(dim=0))
+    with pytest.raises(ConfigError, match="differs from brute force"):
+        check_engine(build_network(tiny_study()), (1, 32, 32), _loss(), torch.tensor([0, 1, 0]))

@@ -22,7 +22,7 @@ from client.examples import EXAMPLE, keep_example
 from client.images import Images, Scans
 from client.round import local_update
 from client.simulated import alone, pooled, simulated_site, site_over, source_of
-from common.config import validate
+from common.config import load, validate
 from common.messages import Purpose, RoundTask
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
@@ -381,7 +381,10 @@ def test_a_baseline_trains_where_it_is_told_and_is_tested_on_every_sites_images(
     source = pooled(sources, site - 1 if site else None)
     alone = site_over(source, name, study, run_dir=tmp_path / "again", device="cpu")
     first = alone.network.vector()
-    assert record["study"] == {"name": "organs", "digest": study.digest()}
+    planned = load(tmp_path / "run" / "study.toml", Study)
+    assert record["study"] == {"name": "organs", "digest": planned.digest()}
+    assert planned.site_names == ("site-1", "site-2", "site-3")
+    assert load(tmp_path / "run" / "simulation.toml", Simulation).data["format"] == "phantom"
     assert record["trained_on"] == name
     assert record["num_train"] == len(alone.data.train)
     assert record["privacy"] == {}

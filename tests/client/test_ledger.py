@@ -21,40 +21,40 @@ def _ledger(path: Path, budget: Budget | None = BUDGET) -> Ledger:
 
 
 def test_a_debit_is_on_disk_when_it_returns_and_for_this_user_alone(tmp_path: Path) -> None:
-    _ledger(tmp_path).debit("run", 0, EVENT)
+    _ledger(tmp_path).debit("run", 0, EVENT, num_rounds=9)
     assert stat.S_IMODE((tmp_path / "xrays.jsonl").stat().st_mode) == 0o600
     assert _ledger(tmp_path).spent(1e-5) == epsilon_of([EVENT], 1e-5)
 
 
 def test_the_same_sum_is_charged_once_and_a_new_sum_anew(tmp_path: Path) -> None:
     ledger = _ledger(tmp_path)
-    ledger.debit("run", 0, EVENT)
-    ledger.debit("run", 0, EVENT)
+    ledger.debit("run", 0, EVENT, num_rounds=9)
+    ledger.debit("run", 0, EVENT, num_rounds=9)
     assert ledger.events_of("run") == [EVENT]
-    ledger.debit("run", 1, EVENT)
+    ledger.debit("run", 1, EVENT, num_rounds=9)
     assert ledger.spent(1e-5) == epsilon_of([EVENT, EVENT], 1e-5)
 
 
 def test_two_studies_on_one_data_set_add_up(tmp_path: Path) -> None:
     one, other = _ledger(tmp_path), _ledger(tmp_path)
-    one.debit("first study", 0, EVENT)
-    other.debit("second study", 0, Event(2.0, 0.1, 10))
+    one.debit("first study", 0, EVENT, num_rounds=9)
+    other.debit("second study", 0, Event(2.0, 0.1, 10), num_rounds=9)
     expected = epsilon_of([EVENT, Event(2.0, 0.1, 10)], 1e-5)
     assert one.spent(1e-5) == pytest.approx(expected)  # also what another process has charged
 
 
 def test_what_does_not_fit_is_refused_and_not_charged(tmp_path: Path) -> None:
     ledger = _ledger(tmp_path)
-    ledger.debit("run", 0, EVENT)
+    ledger.debit("run", 0, EVENT, num_rounds=9)
     before = (tmp_path / "xrays.jsonl").read_bytes()
     with pytest.raises(BudgetExhausted, match=r"of 4 is spent; ask the data owner"):
-        ledger.debit("run", 1, Event(1.0, 0.05, 5000))
+        ledger.debit("run", 1, Event(1.0, 0.05, 5000), num_rounds=9)
     assert (tmp_path / "xrays.jsonl").read_bytes() == before
 
 
 def test_without_a_budget_everything_is_recorded_and_nothing_refused(tmp_path: Path) -> None:
     ledger = _ledger(tmp_path, budget=None)
-    ledger.debit("run", 0, Event(0.5, 1.0, 1000))
+    ledger.debit("run", 0, Event(0.5, 1.0, 1000), num_rounds=9)
     assert len(ledger.events_of("run")) == 1
 
 
@@ -70,8 +70,19 @@ def test_without_a_budget_everything_is_recorded_and_nothing_refused(tmp_path: P
     ids=["no last newline", "cut", "renamed key", "rubbish", "empty line of JSON"],
 )
 def test_a_damaged_ledger_stops_the_site(damage, tmp_path: Path) -> None:
-    _ledger(tmp_path).debit("run", 0, EVENT)
+    _ledger(tmp_path).debit("run", 0, EVENT, num_rounds=9)
     path = tmp_path / "xrays.jsonl"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DataError, match="what was spent is unknown"):
         _ledger(tmp_path)
+
+
+def test_a_run_is_never_charged_for_more_sums_than_its_epsilon_pays_for(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledgers" / "xrays.jsonl", "xrays", None)
+    for number in (0, 3, 4):  # void sums between them were charged at other sites
+        ledger.debit("run", number, EVENT, num_rounds=3)
+    ledger.debit("run", 3, EVENT, num_rounds=3)  # asked again, charged once
+    with pytest.raises(BudgetExhausted, match="charged for 3 sums on data set"):
+        ledger.debit("run", 5, EVENT, num_rounds=3)
+    ledger.debit("another run", 5, EVENT, num_rounds=3)
+    assert len(ledger.events_of("run")) == 3

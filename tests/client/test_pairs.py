@@ -17,6 +17,7 @@ from client.dataset import load_site_data
 from client.images import Scans
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Split
+from client.readers.image import read_image, read_mask
 from common.errors import DataError
 from common.study import Study
 from common.tasks.losses import OUTSIDE
@@ -412,3 +413,37 @@ def test_retina_photographs_are_read_with_vessels_and_field_of_view(real_data: P
         assert pixels[0][mask == OUTSIDE].mean() < 10 < pixels[0][mask == 0].mean()  # it is dark
         beside = (mask == 0) & binary_dilation(mask == 1, iterations=5)
         assert pixels[0][mask == 1].mean() < pixels[0][beside].mean() - 5  # so are vessels in green
+
+
+def test_black_is_the_background_whatever_its_place_in_a_palette(tmp_path: Path) -> None:
+    plain = np.full((8, 8), 255, np.uint8)
+    plain[:2] = 0
+    Image.fromarray(plain).save(tmp_path / "plain.png")
+    swapped = Image.fromarray((plain == 0).astype(np.uint8), mode="P")
+    swapped.putpalette([255, 255, 255, 0, 0, 0])
+    swapped.save(tmp_path / "swapped.png")
+    one, other = (read_mask(tmp_path / f"{name}.png", None, 2) for name in ("plain", "swapped"))
+    assert one.sum() == 48
+    assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("title", "sentence"),
+    [("fractions", "this file has fractions"), ("pages", "2 pages; save each")],
+)
+def test_a_mask_that_would_be_read_wrongly_is_refused(
+    title: str, sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mask.tif"
+    page = Image.fromarray(np.full((8, 8), 1.5 if title == "fractions" else 1.0, np.float32))
+    page.save(path, **({"save_all": True, "append_images": [page]} if title == "pages" else {}))
+    with pytest.raises(DataError, match=sentence):
+        read_mask(path, None, 3)
+
+
+def test_wide_grey_values_have_the_machines_byte_order(tmp_path: Path) -> None:
+    values = (np.arange(64).reshape(8, 8) * 500).astype(">u2")
+    Image.frombytes("I;16B", (8, 8), values.tobytes()).save(tmp_path / "wide.tif")
+    pixels = read_image(tmp_path / "wide.tif", 1)
+    assert pixels.dtype == np.uint16
+    assert np.array_equal(pixels[0], values)

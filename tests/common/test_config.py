@@ -332,8 +332,6 @@ GOOD_STUDIES = {
         {**SEGMENTATION, **PRIVATE, "training.loss": {"kind": "dice", "dice_over": "image"}},
     "privacy with an average of models":
         {**PRIVATE, "server_optimizer": {"name": "fedavg", "ema": 0.875}},
-    "privacy and cross-entropy, which has no batch to couple":
-        {**SEGMENTATION, **PRIVATE, "training.loss.dice_over": "batch"},
     "privacy with several images of a patient": {**PRIVATE, "privacy.max_images_per_patient": 4},
 }  # fmt: skip
 
