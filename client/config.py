@@ -14,9 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config import Frozen, RelativePath, validate
-from common.study import Count, Name
-
-Positive = Annotated[float, Field(gt=0)]
+from common.study import Count, Name, Positive
 
 
 class SplitFractions(Frozen):
@@ -122,7 +120,7 @@ class Budget(Frozen):
     """How much privacy this data set may ever cost, over all studies."""
 
     unit: Literal["patient", "image"] = "patient"
-    epsilon: Annotated[float, Field(gt=0)]
+    epsilon: Positive
     delta: Annotated[float, Field(gt=0, le=0.01)]
 
 
@@ -150,7 +148,7 @@ class Policy(Frozen):
     """What this site permits; client.policy holds every study against it."""
 
     allowed_tasks: tuple[str, ...] = ("classification", "segmentation")
-    max_epsilon: Annotated[float, Field(gt=0)] | None = None  # of one study
+    max_epsilon: Positive | None = None  # of one study
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_rounds: Count | None = None
     min_sites: Annotated[int, Field(ge=3)] = 3

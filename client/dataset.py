@@ -172,10 +172,10 @@ def _prepare_all(cases: Sequence[Case], study: Study, skipped: list[str] | None)
     used: list[Case] = []
     pixels: list[Tensor] = []
     targets: list[Tensor] = []
-    for stack, labels, members in _stacks(read):
+    has_masks = study.task.kind == "segmentation"
+    for stack, known, members in _stacks(read):
         pixels.append(prepare(stack, study.input))
-        masks = study.task.kind == "segmentation"
-        targets.append(prepare_masks(labels, study.input) if masks else torch.from_numpy(labels))
+        targets.append(prepare_masks(known, study.input) if has_masks else torch.from_numpy(known))
         used += members
     if not used:
         return Images(torch.empty((0, study.input.channels, *study.input.size)), torch.empty(0), ())

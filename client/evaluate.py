@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,6 +17,7 @@ from common.tasks import Task
 
 BATCH = 256  # images scored at once; the counts do not depend on it
 MAX_PIXELS = 2**22  # of one batch, so that large images are scored one by one
+MAX_WINDOWS = 16  # of a scan, scored at once
 OVERLAP = 0.25  # of neighbouring windows, where a scan is larger than one
 
 
@@ -40,14 +42,13 @@ def predictions(samples: Samples, network: FlatNetwork) -> Iterator[Batch]:
                 part = slice(low, low + num)
                 yield network(samples.pixels[part]), samples.targets[part]
             return
+        windows = MAX_PIXELS // math.prod(samples.patch)
         for pixels, target in zip(samples.pixels, samples.targets, strict=True):
             # Windows have the size of the training patches: GroupNorm's statistics depend on it.
             outputs = sliding_window_inference(
                 pixels[None],
                 samples.patch,
-                sw_batch_size=max(
-                    1, min(16, MAX_PIXELS // pixels.shape[0] // np.prod(samples.patch))
-                ),
+                sw_batch_size=max(1, min(MAX_WINDOWS, windows)),
                 predictor=network,
                 overlap=OVERLAP,
                 mode="gaussian",

@@ -17,10 +17,9 @@ from client.dataset import Samples
 from client.evaluate import predictions
 from client.images import Images
 from common.models.flat import FlatNetwork
+from common.simulation import EXAMPLE
 from common.tasks import SegmentationTask
 from common.tasks.losses import OUTSIDE
-
-EXAMPLE = "example.npz"  # arrays image, mask and predicted, each (height, width) uint8
 
 
 def keep_example(

@@ -28,6 +28,7 @@ from common.study import MIN_SITES, Study
 
 STUDY = "study.toml"  # in a run folder
 SIMULATION = "simulation.toml"
+EXAMPLE = "example.npz"  # in a site's own folder: image, mask and predicted, (height, width) uint8
 DATA = "data."  # beginning of a key that changes the sites' table, not the study
 PARTITION = re.compile(r"iid|column:.+|dirichlet:(\d+(\.\d*)?|\.\d+)")
 

@@ -51,7 +51,7 @@ def write_report(folder: Path) -> Path:
     """
     run_dir = RunDir(folder)
     digests = digests_of(run_dir)
-    # The models of single rounds are large and no number here comes from them; verify reads all.
+    # The models of single rounds are large: the returned one is compared below, verify reads all.
     check_files(folder, {name: sha for name, sha in digests.items() if "models/" not in name})
     record = read_record(run_dir, digests)
     check_record(record)

@@ -20,8 +20,11 @@ from common.errors import DataError
 
 Row = Mapping[str, str]
 
-SPLITS = {"train": Split.TRAIN, "val": Split.VALIDATION, "test": Split.TEST}
-SPLITS |= {"training": Split.TRAIN, "validation": Split.VALIDATION, "valid": Split.VALIDATION}
+SPLITS = {
+    **dict.fromkeys(("train", "training"), Split.TRAIN),
+    **dict.fromkeys(("val", "valid", "validation"), Split.VALIDATION),
+    "test": Split.TEST,
+}
 
 
 def read_csv(data: CsvData, wanted: Wanted) -> list[Case]:

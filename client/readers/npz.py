@@ -22,8 +22,8 @@ from client.readers.case import Case, Split, Wanted
 from common.errors import DataError
 
 UNREADABLE = (
-    *(OSError, ValueError, EOFError, AttributeError, TypeError, RuntimeError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error),
+    *(OSError, ValueError, EOFError, AttributeError, TypeError),
+    *(RuntimeError, zipfile.BadZipFile, zlib.error),  # unknown compression is a RuntimeError
 )
 
 

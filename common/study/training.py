@@ -12,6 +12,7 @@ from common.config import Frozen
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
+FOCAL_GAMMA = 2.0  # of Lin et al. (2017)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -67,7 +68,7 @@ class TrainingLoss(Frozen):
 
     kind: Literal["cross-entropy", "focal", "dice", "dice-cross-entropy"] = "cross-entropy"
     class_weights: tuple[Positive, ...] = ()  # one per class, in the order of task.classes
-    focal_gamma: Annotated[float, Field(ge=1)] = 2.0  # how much less an easy example counts
+    focal_gamma: Annotated[float, Field(ge=1)] = FOCAL_GAMMA  # how much less an easy example counts
     dice_over: Literal["image", "batch"] = "image"
 
     @property
@@ -84,8 +85,7 @@ class TrainingLoss(Frozen):
             yield "training.loss.class_weights", f"{given} given, the task has {num_classes}"
         if self.dice_over == "batch" and not self.has_dice:
             yield "training.loss.dice_over", f"{self.kind} has no overlap; leave it out"
-        usual = type(self).model_fields["focal_gamma"].default
-        if self.focal_gamma != usual and self.kind != "focal":
+        if self.focal_gamma != FOCAL_GAMMA and self.kind != "focal":
             yield "training.loss.focal_gamma", f"{self.kind} takes none; leave it out"
         if self.class_weights and self.kind == "dice":
             yield "training.loss.class_weights", "dice takes none; every class counts the same"

@@ -57,21 +57,25 @@ class SegmentationTask:
 
     def counts(self, outputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
         """Summable counts of one batch of masks; see ``Task.counts``."""
-        vector = np.zeros(self.num_counts, np.int64)
-        counts = self.view(vector)
         with torch.no_grad():
             each = self._losses(outputs, targets, self._scored).double().clamp(0, MAX_LOSS)
             losses = each.nan_to_num(nan=MAX_LOSS).cpu().numpy()
-            inside = targets != OUTSIDE
-            truth, given = targets[inside].long(), self.decide(outputs)[inside].long()
-            num = len(self.classes)
-            table = torch.bincount(num * truth + given, minlength=num * num)
+            counts = self.tally(self.decide(outputs), targets)
+        self.view(counts).loss[0] = int(np.rint(losses * FIXED_POINT).sum())
+        return counts
+
+    def tally(self, decided: Tensor, masks: Tensor) -> NDArray[np.int64]:
+        """Counts of images and pixels alone, no loss; both masks (batch, *size)."""
+        vector = np.zeros(self.num_counts, np.int64)
+        counts, num = self.view(vector), len(self.classes)
+        inside = masks != OUTSIDE
+        truth, given = masks[inside].long(), decided[inside].long()
+        table = torch.bincount(num * truth + given, minlength=num * num)
         pixels = table.reshape(num, num).cpu().numpy()  # true class by predicted class
-        counts.num_examples[0] += len(targets)
-        counts.loss[0] += int(np.rint(losses * FIXED_POINT).sum())
-        counts.right[:] += np.diagonal(pixels)
-        counts.predicted[:] += pixels.sum(axis=0)
-        counts.actual[:] += pixels.sum(axis=1)
+        counts.num_examples[0] = len(masks)
+        counts.right[:] = np.diagonal(pixels)
+        counts.predicted[:] = pixels.sum(axis=0)
+        counts.actual[:] = pixels.sum(axis=1)
         return vector
 
     def decide(self, outputs: Tensor) -> Tensor:

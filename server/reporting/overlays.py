@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Final, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from common.errors import FederationError
+from common.simulation import EXAMPLE
 from common.study import Segmentation
 from common.tasks import SegmentationTask, task_of
 from common.tasks.losses import OUTSIDE
@@ -33,7 +35,10 @@ from server.reporting.record import Facts, Record
 Grey: TypeAlias = NDArray[np.uint8]  # (height, width): grey values or class numbers
 Colour: TypeAlias = NDArray[np.uint8]  # (height, width, 3)
 
-EXAMPLE: Final = "example.npz"  # as client.examples has it, which the server may not import
+UNREADABLE: Final = (
+    *(AttributeError, EOFError, KeyError, OSError, TypeError, ValueError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 MOST_SITES: Final = 4
 LONGEST_SIDE: Final = 480  # pixels of a picture; in 256 colours it stays below 300 kB
 OUTLINE: Final = "#ffb000"
@@ -142,9 +147,7 @@ def _read(content: bytes, name: str, *, num_classes: int) -> Kept:
     try:
         with np.load(io.BytesIO(content)) as file:
             kept = Kept(file["image"], file["mask"], file["predicted"])
-    except (AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zlib.error):
-        raise wrong from None
-    except zipfile.BadZipFile:
+    except UNREADABLE:
         raise wrong from None
     arrays = (kept.image, kept.mask, kept.predicted)
     if any(a.dtype != np.uint8 or a.ndim != 2 or not a.size for a in arrays):  # noqa: PLR2004
@@ -161,15 +164,8 @@ def _read(content: bytes, name: str, *, num_classes: int) -> Kept:
 
 def _dice(kept: Kept, task: SegmentationTask) -> float | None:
     """Dice of this image alone, by the same counts as the test figures."""
-    inside = kept.mask != OUTSIDE
-    truth, given = kept.mask[inside], kept.predicted[inside]
-    counts = np.zeros(task.num_counts, np.int64)
-    view, num = task.view(counts), len(task.classes)
-    view.num_examples[0] = 1
-    view.right[:] = np.bincount(truth[truth == given], minlength=num)
-    view.predicted[:] = np.bincount(given, minlength=num)
-    view.actual[:] = np.bincount(truth, minlength=num)
-    dice: float | None = task.figures(counts)["dice"]
+    given, truth = torch.from_numpy(kept.predicted[None]), torch.from_numpy(kept.mask[None])
+    dice: float | None = task.figures(task.tally(given, truth))["dice"]
     return dice
 
 

@@ -91,7 +91,7 @@ def _probabilities(study: Study, run_dir: RunDir, phantoms: Sequence[Phantom]) -
 def prepare_phantoms(phantoms: Sequence[Phantom], config: Input) -> Tensor:
     """The network's input, shape (num_phantoms, 1, size, size).
 
-    A site's own preparation is ``client.dataset.prepare``, which the server must not import; a test
+    A site's own preparation is ``client.prepare.prepare``, which the server must not import; a test
     holds the two against each other.
     """
     films = np.stack([np.rint(phantom.image * 255) for phantom in phantoms])[:, None]  # 8 bits

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from client.dataset import SiteData
 from client.evaluate import evaluate
-from client.examples import EXAMPLE, keep_example
+from client.examples import keep_example
 from client.images import Images, Scans
 from client.round import local_update
 from client.simulated import alone, pooled, simulated_site, site_over, source_of
@@ -26,7 +26,7 @@ from common.config import load, validate
 from common.messages import Purpose, RoundTask
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
-from common.simulation import Simulation
+from common.simulation import EXAMPLE, Simulation
 from common.study import Segmentation, Study, TrainingLoss
 from common.tasks import SegmentationTask, task_of
 from common.tasks.losses import OUTSIDE

@@ -1,6 +1,7 @@
 """The report of a run that marks pixels: figures from counts, and pictures of simulated sites."""
 
 import base64
+import hashlib
 import io
 import itertools
 import json
@@ -14,7 +15,6 @@ import pytest
 from federation import federate, tiny_study
 from PIL import Image
 
-from client.examples import EXAMPLE as KEPT_BY_SITES
 from common.errors import FederationError
 from common.tasks import task_of
 from common.tasks.losses import OUTSIDE
@@ -192,8 +192,11 @@ def test_names_of_classes_are_text_and_never_markup(tmp_path):
 # Pictures
 
 
-def test_the_file_is_the_one_that_sites_keep():
-    assert EXAMPLE == KEPT_BY_SITES
+def test_the_file_shown_is_the_one_that_the_site_kept(finished):
+    first = finished.facts["examples"][0]
+    content = (finished.path / "sites/site-1/example.npz").read_bytes()
+    assert first["file"] == "sites/site-1/example.npz"
+    assert first["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_four_sites_are_shown_in_the_order_of_the_study(finished):
