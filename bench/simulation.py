@@ -28,6 +28,7 @@ from client.train import batches
 from common.models.build import build_network
 from common.simulation import Simulation, plan_simulation
 from common.study import Study
+from common.throwaway import coordinator_credentials
 from server.coordinator import run
 from server.network import LoopbackNetwork
 from server.progress import ConsoleObserver
@@ -96,7 +97,8 @@ def federated_s(study: Study, simulation: Simulation) -> float:
             assert len(site.data.train)  # noqa: S101 - decoding is not what is measured
         network = LoopbackNetwork({site.name: partial(answer, site=site) for site in sites})
         started = time.perf_counter()
-        run(study, network, run_dir, Silent())
+        credentials = coordinator_credentials(Path(folder), study.site_names)
+        run(study, network, run_dir, Silent(), credentials)
         return time.perf_counter() - started
 
 

@@ -24,7 +24,7 @@ from common.errors import (
     FederationError,
     PolicyError,
 )
-from common.messages import Greeting, Introduction, Reason, Refusal, RoundTask
+from common.messages import Greeting, Introduction, Reason, Refusal
 from common.messages import Message as Reply
 from common.simulation import SIMULATION, STUDY, Simulation, run_folder
 from common.study import Study
@@ -77,4 +77,4 @@ def _run_of(message: Message) -> str:
         request = wire.unpack(message.content)
     except FederationError:
         return ""
-    return request.run if isinstance(request, RoundTask) else ""
+    return getattr(request, "run", "")

@@ -1,117 +1,250 @@
-"""What this site has already said in a run, on disk before it is said.
+"""What this site has already said in a study, on disk before it is said.
 
-A sum is answered once. A request that comes twice, because the coordinator or the site was
-restarted, gets the stored bytes again; nothing is trained twice for one sum.
+SQLite with full synchronisation, its folder's too. Secrets that are no longer needed are
+overwritten (secure_delete); on an SSD, and in the copies a file system keeps, erasure is best
+effort. A counter in a file of its own notices a journal that was put back from a backup: such a
+site would say things twice.
 """
 
 from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from pydantic import ConfigDict
 
-from common.errors import DataError
-from common.manifest import Manifest
-from common.messages import Upload
+from common.config import Frozen
+from common.disk import sync_folder
+from common.errors import DataError, LocalProtocolError
+from common.secagg.phases import Phase
 
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS epoch (manifest TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answer (
-    sum_number INTEGER PRIMARY KEY, task TEXT NOT NULL, tail BLOB NOT NULL,
-    statement TEXT NOT NULL
-);
+CREATE TABLE IF NOT EXISTS manifest (digest TEXT PRIMARY KEY, run TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS answered (model TEXT, purpose TEXT, PRIMARY KEY (model, purpose));
+CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, content TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS counter (writes INTEGER NOT NULL);
 """
+LEAVE = "what was already said is unknown: this site must leave the run"
+
+
+class Memory(Frozen):
+    """Binary values are base64 in the journal."""
+
+    model_config = ConfigDict(ser_json_bytes="base64", val_json_bytes="base64")
+
+
+class EpochMemory(Memory):
+    """Private. What the site holds of the current epoch."""
+
+    manifest: str
+    phase: Phase
+    dh: bytes = b""  # own secrets, empty once erased
+    kem: bytes = b""
+    request: str = ""  # digest of the last key message that was answered
+    reply: str = ""  # and the answer, as JSON
+    run: bytes = b""  # known from the roster on
+    certificates: tuple[bytes, ...] = ()
+    exchanged: tuple[bytes, ...] = ()  # by site: X25519 secrets that wait for a ciphertext
+    chain_step: int = 0
+    chains: tuple[bytes, ...] = ()  # chain keys by site, at ``chain_step``; empty where unknown
+
+
+class SumMemory(Memory):
+    """Private. The last upload; its body lies in a file of its own."""
+
+    sum_number: int
+    task: bytes
+    model_digest: str
+    purpose: str
+    header: bytes
+    sealed: tuple[bytes, ...]
+    share_commitments: tuple[bytes, ...]
+    statement: str
+    own_share: bytes  # empty once answered
+    view: bytes = b""  # that was voted for, or answered
+    vote: str = ""
+    shares: str = ""
 
 
 class Journal:
-    """One site's memory of one run: the manifest it agreed to and its last answer."""
+    """One site's memory of one study."""
 
     def __init__(self, path: Path) -> None:
         """Open the journal at ``path``, or start one.
 
         Raises:
-          DataError: The file is damaged; what was already said is unknown.
+          DataError: R6. It is damaged, older than this site remembers, or gone.
         """
-        self._folder = path.parent
+        self._folder, self._mark = path.parent, path.with_suffix(".mark")
+        self._known = 0  # writes, when this process last read
         self._folder.mkdir(parents=True, exist_ok=True)
+        if self._mark.exists() and not path.exists():
+            raise DataError(f"journal {path} is gone; {LEAVE}", rule="R6")
         try:
             self._database = sqlite3.connect(path, isolation_level=None)
-            self._database.execute("PRAGMA synchronous = FULL")
+            self._database.execute("PRAGMA synchronous = EXTRA")
             self._database.execute("PRAGMA secure_delete = ON")
             self._database.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
-            text = f"journal {path} is damaged ({error}): this site must leave the run"
-            raise DataError(text) from None
+            raise DataError(f"journal {path} is damaged ({error}); {LEAVE}", rule="R6") from None
         path.chmod(0o600)
+        self.check()
 
-    def manifest(self) -> Manifest | None:
-        """The manifest of the epoch this site takes part in, or None before the first."""
-        row = self._database.execute("SELECT manifest FROM epoch").fetchone()
-        return Manifest.parse(row[0]) if row else None
+    def check(self) -> None:
+        """Begin to read: refuse a journal that was put back from a backup.
 
-    def begin_epoch(self, manifest: Manifest) -> None:
-        """Remember a manifest; a new one forgets the answers of the old one."""
-        if self.manifest() == manifest:
-            return
+        What is written next follows from what is read from here on: if another process of this site
+        writes in between, it fails.
+
+        Raises:
+          DataError: R6.
+        """
+        written, marked = self._num_writes(), self._marked()
+        if written < marked:
+            raise DataError(
+                f"journal in {self._folder} has {written} entries, this site wrote {marked}: it "
+                f"was put back from a backup; {LEAVE}",
+                rule="R6",
+            )
+        self._known = written
+
+    # What is known
+
+    def epoch(self) -> EpochMemory | None:
+        """The current epoch, or None before the first."""
+        content = self._content("epoch")
+        return EpochMemory.model_validate_json(content) if content else None
+
+    def sum(self) -> SumMemory | None:
+        """The last upload, or None before the first."""
+        content = self._content("sum")
+        return SumMemory.model_validate_json(content) if content else None
+
+    def has_seen(self, manifest: str) -> bool:
+        """Whether a manifest was answered before."""
+        query = "SELECT 1 FROM manifest WHERE digest = ?"
+        return self._database.execute(query, (manifest,)).fetchone() is not None
+
+    def has_seen_run(self, run: str) -> bool:
+        """Whether any manifest of a run was answered before."""
+        query = "SELECT 1 FROM manifest WHERE run = ?"
+        return self._database.execute(query, (run,)).fetchone() is not None
+
+    def has_answered(self, model_digest: str, purpose: str) -> bool:
+        """Whether a sum over this model and purpose was unmasked with this site's help."""
+        query = "SELECT 1 FROM answered WHERE model = ? AND purpose = ?"
+        return self._database.execute(query, (model_digest, purpose)).fetchone() is not None
+
+    def body(self, sum_number: int) -> NDArray[np.uint8]:
+        """The body of the last upload.
+
+        Raises:
+          DataError: R6. Its file is gone.
+        """
+        try:
+            return np.fromfile(self._body(sum_number), np.uint8)
+        except OSError:
+            text = f"the body of sum {sum_number} is gone from {self._folder}; {LEAVE}"
+            raise DataError(text, rule="R6") from None
+
+    # Writing: what is written is on disk when a method returns
+
+    def begin_epoch(self, epoch: EpochMemory, digest: str, run: str, *, is_new_run: bool) -> None:
+        """Take part in an epoch: remember its manifest for good; a new run counts sums anew."""
         with self._transaction():
-            self._database.execute("DELETE FROM epoch")
-            self._database.execute("DELETE FROM answer")
-            self._database.execute("INSERT INTO epoch VALUES (?)", (manifest.canonical(),))
+            self._database.execute("INSERT INTO manifest VALUES (?, ?)", (digest, run))
+            self._put("epoch", epoch)
+            if is_new_run:
+                self._database.execute("DELETE FROM memory WHERE name = 'sum'")
 
-    def last_sum(self) -> int:
-        """Number of the last answered sum; -1 before the first."""
-        row = self._database.execute("SELECT max(sum_number) FROM answer").fetchone()
-        return -1 if row[0] is None else int(row[0])
+    def go_on(self, epoch: EpochMemory, last: SumMemory | None = None) -> None:
+        """Replace what is known of the epoch and of the last sum."""
+        with self._transaction():
+            self._put("epoch", epoch)
+            if last is not None:
+                self._put("sum", last)
 
-    def stored(self, run: str, sum_number: int, task_digest: str) -> Upload | None:
-        """The answer that was given to exactly this task, or None."""
-        row = self._database.execute(
-            "SELECT tail, statement FROM answer WHERE sum_number = ? AND task = ?",
-            (sum_number, task_digest),
-        ).fetchone()
-        if row is None:
-            return None
-        body = np.fromfile(self._body(sum_number), np.uint8)
-        return Upload(run, sum_number, body, np.frombuffer(row[0], np.uint64), row[1])
-
-    def record(self, upload: Upload, task_digest: str) -> None:
-        """Keep an answer in the place of the one before; on disk when this returns."""
-        path = self._body(upload.sum_number)
-        with path.open("wb") as file:  # a large blob would cost a database twice its size in writes
+    def record_upload(self, epoch: EpochMemory, last: SumMemory, body: NDArray[np.uint8]) -> None:
+        """Keep a whole upload in the place of the one before."""
+        path = self._body(last.sum_number)
+        beside = path.with_suffix(f".{os.getpid()}")
+        with beside.open("wb") as file:  # a blob would cost a database twice its size in writes
             os.fchmod(file.fileno(), 0o600)
-            file.write(upload.body.data)
+            file.write(body.data)
             file.flush()
             os.fsync(file.fileno())
-        folder = os.open(self._folder, os.O_RDONLY)
-        os.fsync(folder)  # the name too must survive a power cut
-        os.close(folder)
-        row = (upload.sum_number, task_digest, upload.tail.tobytes(), upload.statement)
         with self._transaction():
-            self._database.execute("DELETE FROM answer")
-            self._database.execute("INSERT INTO answer VALUES (?, ?, ?, ?)", row)
+            beside.rename(path)
+            sync_folder(self._folder)  # the name too must survive a power cut
+            self._put("epoch", epoch)
+            self._put("sum", last)
         for old in self._folder.glob("answer-*.bin"):
             if old != path:
                 old.unlink()
 
-    def _body(self, sum_number: int) -> Path:
-        return self._folder / f"answer-{sum_number}.bin"
+    def record_answer(self, epoch: EpochMemory, last: SumMemory) -> None:
+        """Remember that a sum was unmasked: its model is never trained on again."""
+        with self._transaction():
+            row = (last.model_digest, last.purpose)
+            self._database.execute("INSERT OR IGNORE INTO answered VALUES (?, ?)", row)
+            self._put("epoch", epoch)
+            self._put("sum", last)
 
     def close(self) -> None:
         """Let go of the file."""
         self._database.close()
 
-    def _transaction(self) -> _Transaction:
-        return _Transaction(self._database)
+    def _body(self, sum_number: int) -> Path:
+        return self._folder / f"answer-{sum_number}.bin"
 
+    def _content(self, name: str) -> str:
+        query = "SELECT content FROM memory WHERE name = ?"
+        row = self._database.execute(query, (name,)).fetchone()
+        return str(row[0]) if row else ""
 
-class _Transaction:
-    def __init__(self, database: sqlite3.Connection) -> None:
-        self._database = database
+    def _put(self, name: str, memory: Memory) -> None:
+        row = (name, memory.model_dump_json())
+        self._database.execute("INSERT OR REPLACE INTO memory VALUES (?, ?)", row)
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All of it or nothing; the mark follows, so that it is never ahead of the journal."""
         self._database.execute("BEGIN IMMEDIATE")
+        number = self._num_writes() + 1
+        if number != self._known + 1:
+            self._database.execute("ROLLBACK")
+            raise LocalProtocolError(
+                "another process of this site wrote to the journal meanwhile; run one only"
+            )
+        try:
+            yield
+            self._database.execute("DELETE FROM counter")
+            self._database.execute("INSERT INTO counter VALUES (?)", (number,))
+        except BaseException:
+            self._database.execute("ROLLBACK")
+            raise
+        self._database.execute("COMMIT")
+        self._known = number
+        beside = self._mark.with_suffix(".new")
+        with beside.open("w") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(str(number))
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(self._mark)
+        sync_folder(self._folder)
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._database.execute("COMMIT" if kind is None else "ROLLBACK")
+    def _num_writes(self) -> int:
+        row = self._database.execute("SELECT writes FROM counter").fetchone()
+        return int(row[0]) if row else 0
+
+    def _marked(self) -> int:
+        try:
+            return int(self._mark.read_text()) if self._mark.exists() else 0
+        except ValueError:
+            raise DataError(f"{self._mark} is damaged; {LEAVE}", rule="R6") from None

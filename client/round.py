@@ -2,54 +2,107 @@
 
 from __future__ import annotations
 
+from client import enrolment
 from client.evaluate import evaluate
 from client.examples import keep_example
 from client.session import Session
 from client.site import Site
 from client.train import learning_rate, train, train_privately
-from common.errors import RemoteProtocolError
-from common.manifest import Manifest, check_manifest, plan_epoch
-from common.messages import Invitation, Message, Present, Purpose, RoundTask, Upload
+from client.unmasking import unmask, vote
+from common.errors import DataError, RemoteProtocolError
+from common.manifest import Manifest, check_manifest, check_members, plan_epoch
+from common.messages import (
+    Invitation,
+    Message,
+    Purpose,
+    Roster,
+    RoundTask,
+    Shares,
+    SiteKeys,
+    Survivors,
+    Unmask,
+    Upload,
+)
 from common.quantize import only_counts, quantize
 from common.tasks import SegmentationTask
 from common.update import LocalUpdate
 
 
 def answer(message: Message, site: Site) -> Message:
-    """Answer one message of the coordinator.
+    """Answer one message of the coordinator; a refused one is kept as evidence.
 
     Raises:
       FederationError: The site does not answer; the reason stays at the site.
     """
+    try:
+        return _answer(message, site)
+    except RemoteProtocolError as error:
+        site.evidence.keep(message, error, now=site.now())
+        raise
+
+
+def _answer(message: Message, site: Site) -> Message:
     if isinstance(message, Invitation):
         return join(message, site)
-    if not isinstance(message, RoundTask):
-        raise RemoteProtocolError(f"a site does not take {type(message).__name__}")
-    first = 1 if message.purpose == Purpose.TRAIN else 0
-    if not first <= message.round_number <= site.study.num_rounds:
-        raise RemoteProtocolError(f"round {message.round_number} is not one of the study's")
-    session = Session.current(site.journal)
-    if answered := session.accept(message):
-        return answered
-    if message.purpose == Purpose.TRAIN:
-        return contribute(message, session, site)
-    return score(message, session, site)
+    session = Session(site.journal, site.party())
+    match message:
+        case Roster():
+            return enrolment.agree(session, message)
+        case RoundTask():
+            return take_part(message, session, site)
+        case Survivors():
+            return vote(session, message)
+        case Unmask():
+            return give_shares(message, session, site)
+    raise RemoteProtocolError(f"a site does not take {type(message).__name__}", rule="R7")
 
 
-def join(invitation: Invitation, site: Site) -> Present:
-    """Check the manifest against this site's own study and open a session."""
-    manifest = Manifest.parse(invitation.manifest)
-    expected = plan_epoch(
-        site.study,
-        site.network.schema,
-        site.task,
-        first_model=site.first_model,
-        epoch=manifest.epoch,
-        nonce=manifest.nonce,
-    )
-    check_manifest(manifest, expected)
-    session = Session.begin(manifest, site.journal)
-    return Present(run=session.run, site=site.name)
+def join(invitation: Invitation, site: Site) -> SiteKeys:
+    """Hold the manifest against this site's own study and members, and send fresh keys."""
+    party = site.party()
+
+    def approve(manifest: Manifest) -> None:
+        if site.ledger.events_of(manifest.run) and not site.journal.has_seen_run(manifest.run):
+            raise DataError(
+                "the ledger knows this run and the journal does not: the journal is not this "
+                "site's own; this site must leave the run",
+                rule="R6",
+            )
+        check_members(
+            manifest,
+            site=site.name,
+            approved=party.trust.members,
+            min_sites=site.study.cohort.min_sites,
+        )
+        expected = plan_epoch(
+            site.study, site.network.schema, site.task, manifest, first_model=site.first_model
+        )
+        check_manifest(manifest, expected, now=int(party.now.timestamp()))
+
+    return enrolment.join(invitation, site.journal, party, approve)
+
+
+def take_part(task: RoundTask, session: Session, site: Site) -> Upload:
+    """Answer a task: the stored upload if it was answered before, else a new one."""
+    if stored := session.accept(task):
+        return stored
+    first = 1 if task.purpose == Purpose.TRAIN else 0
+    if not first <= task.round_number <= site.study.num_rounds:
+        text = f"round {task.round_number} is not one of the study's"
+        raise RemoteProtocolError(text, rule="R4")
+    if task.purpose == Purpose.TRAIN:
+        return contribute(task, session, site)
+    return score(task, session, site)
+
+
+def give_shares(request: Unmask, session: Session, site: Site) -> Shares:
+    """Help to unmask a sum; a bad share of another site is named and kept as evidence."""
+    shares = unmask(session, request)
+    if shares.complaints:
+        named = ", ".join(session.manifest.names[k] for k in shares.complaints)
+        error = RemoteProtocolError(f"the sealed shares of {named} are bad", rule="R13")
+        site.evidence.keep(request, error, now=site.now())
+    return shares
 
 
 def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
@@ -57,7 +110,7 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
     if site.plan is not None:
         # Debit before the data is touched: a crash may waste budget, never overspend it.
         site.ledger.debit(
-            session.run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds
+            session.manifest.run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds
         )
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
     update = local_update(task, site)
@@ -70,7 +123,7 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
         weight_cap=session.manifest.weight_cap,
         ring=session.manifest.ring,
     )
-    return session.mask(quantized, site.statement(session.run))
+    return session.mask(quantized, site.statement(session.manifest.run))
 
 
 def local_update(task: RoundTask, site: Site) -> LocalUpdate:
@@ -105,4 +158,4 @@ def score(task: RoundTask, session: Session, site: Site) -> Upload:
     if task.purpose == Purpose.TEST and isinstance(site.task, SegmentationTask):
         keep_example(task.model, samples, site.state_dir, network=site.network, task=site.task)
     counted = only_counts(counts, site.weight, len(task.exponents))
-    return session.mask(counted, site.statement(session.run))
+    return session.mask(counted, site.statement(session.manifest.run))

@@ -1,80 +1,103 @@
-"""The site's half of one run: what may come when, and the last step before an update leaves."""
+"""The site's half of one epoch and of its sums: what may come when, and what leaves.
+
+Every method takes a message and returns the answer, which was on disk before it is returned. The
+order of messages is the table in common/secagg/phases.py. docs/life-of-a-round.md tells the story;
+client/enrolment.py has its beginning, client/unmasking.py its end.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from datetime import datetime
 
-from client.journal import Journal
-from common.errors import LocalProtocolError, RemoteProtocolError
-from common.manifest import Manifest
-from common.messages import RoundTask, Upload
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric import ec
+from numpy.typing import NDArray
+
+from client.journal import EpochMemory, Journal, SumMemory
+from common.errors import DataError, LocalProtocolError, RemoteProtocolError
+from common.identity import read_certified
+from common.manifest import Manifest, check_window
+from common.messages import (
+    Encapsulated,
+    FromCoordinator,
+    RoundTask,
+    Upload,
+    digest_of_model,
+)
 from common.quantize import EXPONENT_RANGE
-from common.secagg.masking import mask, pack
+from common.roster import (
+    Credentials,
+    check_encapsulated,
+    check_still_certified,
+)
+from common.secagg.header import (
+    Header,
+)
+from common.secagg.keys import (
+    advance,
+    decapsulate,
+    first_chain_key,
+)
+from common.secagg.masking import THREADS
+from common.secagg.protect import Place, protect
+from common.secagg.task import digest_of_task
+from common.signing import check_signed
 from common.update import QuantizedUpdate
 
 
+@dataclass(frozen=True)
+class Party(Credentials):
+    """This site at a moment: who it is, whom it believes, and what time it is."""
+
+    now: datetime
+
+
 class Session:
-    """One site in one run.
+    """One site in the epoch that its journal holds."""
 
-    A sum number is answered once and never again: an update of the same sum under another model
-    would reveal the difference of the two.
-    """
-
-    def __init__(self, manifest: Manifest, journal: Journal) -> None:
-        self.manifest = manifest
-        self.run = manifest.digest()
-        self._journal = journal
-        self._accepted: tuple[RoundTask, str] | None = None
-
-    @classmethod
-    def current(cls, journal: Journal) -> Session:
-        """The session that the last invitation opened.
+    def __init__(self, journal: Journal, party: Party) -> None:
+        """Open the session that the last invitation began.
 
         Raises:
-          RemoteProtocolError: This site was not invited yet.
+          RemoteProtocolError: This site was not invited yet; or its journal was put back.
         """
-        manifest = journal.manifest()
-        if manifest is None:
-            raise RemoteProtocolError("a task arrived before an invitation")
-        return cls(manifest, journal)
-
-    @classmethod
-    def begin(cls, manifest: Manifest, journal: Journal) -> Session:
-        """Take part in an epoch; the same invitation again changes nothing."""
-        journal.begin_epoch(manifest)
-        return cls(manifest, journal)
+        journal.check()
+        epoch = journal.epoch()
+        if epoch is None:
+            raise RemoteProtocolError("a message arrived before an invitation", rule="R7")
+        self.manifest = Manifest.parse(epoch.manifest)
+        self.index = self.manifest.names.index(party.identity.name)
+        self.epoch = epoch
+        self.journal = journal
+        self.party = party
+        self._accepted: tuple[RoundTask, EpochMemory] | None = None
 
     def accept(self, task: RoundTask) -> Upload | None:
-        """Check a task against the manifest and what was already answered.
+        """Check a task against the epoch and what was already answered.
 
         Returns:
-          The stored answer if exactly this task was answered before, else None.
+          The stored upload if exactly this task was answered before, else None: then train, and
+          call ``mask``.
 
         Raises:
-          RemoteProtocolError: The task is of another run, repeats or skips back a sum with other
-            content, or its model or exponents have the wrong length.
+          RemoteProtocolError: R2, R3, R4, R5 or R7.
         """
-        manifest, last = self.manifest, self._journal.last_sum()
-        if task.run != self.run:
-            raise RemoteProtocolError("a task of another run arrived; invite this site first")
-        digest = digest_of(task)
-        if answered := self._journal.stored(self.run, task.sum_number, digest):
-            return answered
-        if not last < task.sum_number < manifest.num_sums:
-            raise RemoteProtocolError(
-                f"sum {task.sum_number}: sums after {last} and before {manifest.num_sums} are due"
-            )
-        if task.model.shape != (manifest.num_params,):
-            raise RemoteProtocolError(
-                f"the model has {task.model.size} parameters, the manifest {manifest.num_params}"
-            )
-        if len(task.exponents) != len(manifest.exponents):
-            raise RemoteProtocolError(
-                f"{len(task.exponents)} exponents, the manifest has {len(manifest.exponents)}"
-            )
-        if not all(EXPONENT_RANGE[0] <= e <= EXPONENT_RANGE[1] for e in task.exponents):
-            raise RemoteProtocolError(f"an exponent is outside {EXPONENT_RANGE}")
-        self._accepted = (task, digest)
+        self.check_sender(task)
+        if task.run != self.epoch.run.hex():
+            raise RemoteProtocolError("a task of another run arrived", rule="R7")
+        self._check_numbers(task)
+        last = self.journal.sum()
+        if last and (last.sum_number, last.task) == (task.sum_number, digest_of_task(task)):
+            return self._stored(last)
+        self.epoch.phase.after(task)
+        self._check_is_new(task, last)
+        now = self.party.now
+        check_window(self.manifest, now=int(now.timestamp()))
+        certificates = self.epoch.certificates
+        check_still_certified(certificates, task.revoked, self.party.trust, now)
+        self._accepted = (task, self._with_all_chains(task))
         return None
 
     def mask(self, update: QuantizedUpdate, statement: str = "") -> Upload:
@@ -86,18 +109,128 @@ class Session:
         accepted, self._accepted = self._accepted, None
         if accepted is None:
             raise LocalProtocolError("there is no accepted task to answer")
-        task, digest = accepted
-        bits = self.manifest.ring_bits
-        masked = mask(update, bits=bits)
-        body = pack(masked.values, bits=bits)
-        upload = Upload(self.run, task.sum_number, body, masked.tail, statement)
-        self._journal.record(upload, digest)
-        return upload
+        task, epoch = accepted
+        number, own, about = task.sum_number, self.index, digest_of_task(task)
+        chains = tuple(
+            advance(key, at=epoch.chain_step, to=number) if key else b"" for key in epoch.chains
+        )
+        place = Place(epoch.run, number, about, own, self.manifest.threshold)
+        protected = protect(
+            update,
+            place,
+            chains,
+            self.party.identity,
+            statement=statement,
+            bits=self.manifest.ring_bits,
+            threads=THREADS,
+        )
+        said = SumMemory(
+            sum_number=number,
+            task=about,
+            model_digest=task.model_digest,
+            purpose=task.purpose.value,
+            header=protected.header.encode(),
+            sealed=protected.sealed,
+            share_commitments=protected.share_commitments,
+            statement=statement,
+            own_share=protected.own_share,
+        )
+        after = epoch.model_copy(
+            update={
+                "phase": self.epoch.phase.after(task),
+                "chains": chains,
+                "chain_step": number,
+                "request": "",
+                "reply": "",
+            }
+        )
+        self.journal.record_upload(after, said, protected.body)
+        self.epoch = after
+        return self._upload(said, protected.body)
 
+    def _upload(self, said: SumMemory, body: NDArray[np.uint8]) -> Upload:
+        return Upload(
+            self.epoch.run.hex(),
+            said.sum_number,
+            said.header,
+            said.sealed,
+            said.share_commitments,
+            body,
+            said.statement,
+        )
 
-def digest_of(task: RoundTask) -> str:
-    """SHA-256 over everything a task says; 64 hex digits."""
-    about = (task.run, task.sum_number, task.round_number, task.purpose, task.exponents)
-    digest = hashlib.sha256(repr(about).encode())
-    digest.update(task.model.data)
-    return digest.hexdigest()
+    def _stored(self, said: SumMemory) -> Upload:
+        body = self.journal.body(said.sum_number)
+        if hashlib.sha256(body.data).digest() != Header.decode(said.header).body:
+            raise DataError("the stored upload is damaged; this site must leave the run", rule="R6")
+        return self._upload(said, body)
+
+    def _check_numbers(self, task: RoundTask) -> None:
+        manifest, wrong = self.manifest, ""
+        if not 0 <= task.sum_number < manifest.num_sums:
+            wrong = f"sum {task.sum_number}: the manifest has sums 0 to {manifest.num_sums - 1}"
+        elif not 0 <= task.round_number <= manifest.num_sums:
+            wrong = f"round {task.round_number} is none of a run of {manifest.num_sums} sums"
+        elif task.model.shape != (manifest.num_params,):
+            wrong = (
+                f"the model has {task.model.size} parameters, the manifest {manifest.num_params}"
+            )
+        elif len(task.exponents) != len(manifest.exponents):
+            wrong = f"{len(task.exponents)} exponents, the manifest has {len(manifest.exponents)}"
+        elif not all(EXPONENT_RANGE[0] <= e <= EXPONENT_RANGE[1] for e in task.exponents):
+            wrong = f"an exponent is outside {EXPONENT_RANGE}"
+        elif digest_of_model(task.model) != task.model_digest:
+            wrong = "the model is not the one of the task"
+        elif not np.isfinite(task.model).all():
+            wrong = "the model holds NaN or infinity"
+        if wrong:
+            raise RemoteProtocolError(wrong, rule="R4")
+
+    def _check_is_new(self, task: RoundTask, last: SumMemory | None) -> None:
+        number, after = task.sum_number, -1 if last is None else last.sum_number
+        if number == after:
+            text = f"sum {number} was answered for another task; nothing is masked twice"
+            raise RemoteProtocolError(text, rule="R5")
+        if number < after:
+            raise RemoteProtocolError(f"sum {number}: sum {after} was answered since", rule="R4")
+        if self.journal.has_answered(task.model_digest, task.purpose):
+            raise RemoteProtocolError(
+                f"this site has helped to unmask a sum over this model before ({task.purpose}); "
+                "another one over other sites would show the difference",
+                rule="R4",
+            )
+
+    def _with_all_chains(self, task: RoundTask) -> EpochMemory:
+        """The epoch with the pair keys that wait for a ciphertext of the first task."""
+        epoch = self.epoch
+        waiting = [site for site, secret in enumerate(epoch.exchanged) if secret]
+        if not waiting:
+            return epoch
+        if len(task.ciphertexts) != len(waiting) or len(task.ciphertext_signatures) != len(waiting):
+            raise RemoteProtocolError("the first task does not bring every ciphertext", rule="R3")
+        chains = list(epoch.chains)
+        relayed = zip(waiting, task.ciphertexts, task.ciphertext_signatures, strict=True)
+        for site, ciphertext, signature in relayed:
+            sender = read_certified(epoch.certificates[1 + site])
+            message = Encapsulated(epoch.run.hex(), site, self.index, ciphertext, signature)
+            check_encapsulated(message, sender)
+            secret = decapsulate(epoch.kem, ciphertext)
+            chains[site] = first_chain_key(
+                epoch.run, epoch.exchanged[site], secret, self.index, site
+            )
+        update = {"exchanged": (), "kem": b"", "chains": tuple(chains)}
+        return epoch.model_copy(update=update)
+
+    def check_sender(self, message: FromCoordinator) -> None:
+        """Refuse what the coordinator of this epoch did not sign: R7."""
+        check_signed(message, self.coordinator_key, sender="the coordinator", rule="R7")
+
+    @property
+    def coordinator_key(self) -> ec.EllipticCurvePublicKey:
+        """The key that signs every message of this epoch."""
+        return read_certified(self.epoch.certificates[0]).key
+
+    @property
+    def member_keys(self) -> list[ec.EllipticCurvePublicKey]:
+        """The members' keys by site."""
+        return [read_certified(one).key for one in self.epoch.certificates[1:]]

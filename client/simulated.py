@@ -21,8 +21,10 @@ from client.images import Images, Scans
 from client.policy import check_unit
 from client.site import Site, open_site, pick_device
 from common.errors import ConfigError
+from common.roster import Credentials
 from common.simulation import Simulation
 from common.study import Study
+from common.throwaway import issue_identities, site_credentials
 
 
 @dataclass(frozen=True)
@@ -69,14 +71,28 @@ def simulated_site(
       ConfigError: The ``[data]`` table is wrong.
       DataError: The images cannot be used.
     """
-    name = study.site_names[index]
+    names = study.site_names
+    issue_identities(run_dir, names)
     return site_over(
-        source_of(study, simulation, index), name, study, run_dir=run_dir, device=device
+        source_of(study, simulation, index),
+        names[index],
+        study,
+        run_dir=run_dir,
+        device=device,
+        credentials=site_credentials(run_dir, names[index], names),
     )
 
 
-def site_over(source: Source, name: str, study: Study, *, run_dir: Path, device: str) -> Site:
-    """A simulated site over these images."""
+def site_over(
+    source: Source,
+    name: str,
+    study: Study,
+    *,
+    run_dir: Path,
+    device: str,
+    credentials: Credentials | None = None,
+) -> Site:
+    """A simulated site over these images; without credentials it can only train alone."""
     return open_site(
         name,
         study,
@@ -86,6 +102,7 @@ def site_over(source: Source, name: str, study: Study, *, run_dir: Path, device:
         budget=source.budget,
         state_dir=run_dir / "sites" / name,
         device=pick_device(device),
+        credentials=credentials,
     )
 
 

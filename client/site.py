@@ -6,6 +6,7 @@ import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -16,13 +17,20 @@ from client.dataset import SiteData
 from client.journal import Journal
 from client.ledger import Ledger
 from client.noise import Keystream
-from common.errors import ConfigError
+from client.session import Party
+from common.errors import ConfigError, LocalProtocolError
+from common.evidence import Evidence
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan, plan_privacy
+from common.roster import Credentials
 from common.statement import Statement
 from common.study import Study
 from common.tasks import Task, task_of
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,24 @@ class Site:
     ledger: Ledger
     plan: PrivacyPlan | None  # None in a study without privacy
     load: Callable[[], SiteData]
-    state_dir: Path  # on this site's disk: journal, ledgers, its own example
+    state_dir: Path  # on this site's disk: journal, ledgers, evidence, its own example
+    credentials: Credentials | None = None  # None: it trains alone and sends nothing
+    now: Callable[[], datetime] = _utc_now
+
+    def party(self) -> Party:
+        """This site as others know it.
+
+        Raises:
+          LocalProtocolError: It takes part in no federation.
+        """
+        if self.credentials is None:
+            raise LocalProtocolError(f"{self.name} trains alone: it has no certificate")
+        return Party(self.credentials.identity, self.credentials.trust, self.now())
+
+    @property
+    def evidence(self) -> Evidence:
+        """What this site refused."""
+        return Evidence(self.state_dir)
 
     @functools.cached_property
     def data(self) -> SiteData:
@@ -105,6 +130,7 @@ def open_site(
     budget: Budget | None,
     state_dir: Path,
     device: torch.device,
+    credentials: Credentials | None = None,
 ) -> Site:
     """Put a site together; no image is opened.
 
@@ -133,6 +159,7 @@ def open_site(
         plan=plan,
         load=load,
         state_dir=state_dir,
+        credentials=credentials,
     )
     if plan is not None:
         check_private_training(site, plan, budget)
@@ -147,5 +174,5 @@ def check_private_training(site: Site, plan: PrivacyPlan, budget: Budget | None)
     shape = (site.study.input.channels, *site.study.input.size)
     targets = site.task.made_up_targets(3).to(site.network.values.device)
     check_engine(site.network, shape, site.task.local_loss(None), targets)
-    if site.journal.manifest() is None:  # a run that goes on is checked sum by sum
+    if site.journal.epoch() is None:  # a run that goes on is checked sum by sum
         site.ledger.check([plan.event] * plan.num_rounds, f"study {site.study.name}")

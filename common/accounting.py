@@ -10,6 +10,7 @@ Koskela, Jälkö and Honkela (2020) (PLD).
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -44,7 +45,11 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "
     Returns:
       Epsilon; 0 for no steps, infinity for a step without noise.
     """
-    merged = _merge(events)
+    return _epsilon_of(tuple(_merge(events)), delta, accountant)
+
+
+@functools.lru_cache(maxsize=256)  # a site states the same sum of events with every upload
+def _epsilon_of(merged: tuple[Event, ...], delta: float, accountant: Accountant) -> float:
     if not merged:
         return 0.0
     if any(event.noise_multiplier == 0 for event in merged):

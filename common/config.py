@@ -135,8 +135,8 @@ def _remove(table: dict[str, Any], dotted: str) -> bool:
     return isinstance(here, dict) and here.pop(last, None) is not None
 
 
-def parse_message(text: str, kind: type[Model], *, what: str) -> Model:
-    """Build ``kind`` from JSON that came over the wire.
+def parse_message(text: str, kind: type[Model], *, what: str, rule: str = "") -> Model:
+    """Build ``kind`` from JSON that came over the wire; ``rule`` is broken if that fails.
 
     Raises:
       RemoteProtocolError: It is not one of this version; the message names the keys, no values.
@@ -145,7 +145,7 @@ def parse_message(text: str, kind: type[Model], *, what: str) -> Model:
         return kind.model_validate_json(text)
     except ValidationError as error:
         keys = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
-        raise RemoteProtocolError(f"not a {what} of this version: {keys}") from None
+        raise RemoteProtocolError(f"not a {what} of this version: {keys}", rule=rule) from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:

@@ -10,10 +10,18 @@ from typing import ClassVar
 
 
 class FederationError(Exception):
-    """The root of everything that this project raises on purpose."""
+    """The root of everything that this project raises on purpose.
+
+    Attributes:
+      rule: ``R1`` to ``R14`` where a rule of the secure sum was broken, else empty.
+    """
 
     exit_code: ClassVar[int] = 1
     who_acts: ClassVar[str] = "See the message."
+
+    def __init__(self, message: str = "", *, rule: str = "") -> None:
+        super().__init__(f"{message} [{rule}]" if rule else message)
+        self.rule = rule
 
 
 class ConfigError(FederationError):

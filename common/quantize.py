@@ -21,8 +21,10 @@ from common.errors import DataError
 from common.update import LocalUpdate, QuantizedUpdate
 
 FIXED_POINT = 2.0**32  # steps per unit of a tail entry that is not an integer
-MARGIN = 16.0  # room between what the last sum suggests and the largest entry that is not clipped
+MARGIN = 4.0  # room between what the last sum suggests and the largest entry that is not clipped
 FINER = 4  # bits
+FEW = 256  # entries; in a sum of so few all may cancel by chance
+WIDEST = 4  # bits between the coarsest step and that of a tensor of few entries
 EXPONENT_RANGE = (-120, 60)
 _BLOCK = 1 << 16  # entries per pass: float64 scratch stays in the cache
 
@@ -147,7 +149,9 @@ def next_exponents(
     """Steps for the next sum, from this one.
 
     Room for ``MARGIN`` times the average summand; four times more wherever an entry was clipped;
-    16 times finer where everything was rounded to zero.
+    16 times finer where everything was rounded to zero. For a tensor of few entries no step is
+    finer than the coarsest one by more than ``WIDEST`` bits: where a sum cancels by chance, it says
+    little about its summands.
     """
     result = []
     start = 0
@@ -162,7 +166,11 @@ def next_exponents(
         else:
             # Nothing reached half a step: unless the steps become finer, nothing ever will.
             result.append(max(exponent - FINER, EXPONENT_RANGE[0]))
-    return tuple(result)
+    finest = max(result, default=0) - WIDEST
+    return tuple(
+        max(exponent, finest) if size < FEW else exponent
+        for size, exponent in zip(sizes, result, strict=True)
+    )
 
 
 def _exponent(bound: float, ring: Ring) -> int:

@@ -29,7 +29,6 @@ class QuantizedUpdate:
 
 @dataclass(frozen=True)
 class MaskedUpdate:
-    """What may leave a site. Uniform modulo 2**bits to anyone without the masks."""
+    """What may leave a site. Uniform to anyone without the masks."""
 
-    values: NDArray[np.uint32]  # (num_params,), below 2**bits
-    tail: NDArray[np.uint64]  # (num_tail,), modulo 2**64
+    body: NDArray[np.uint8]  # packed entries modulo 2**bits, then the tail modulo 2**64

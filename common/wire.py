@@ -8,8 +8,8 @@ nothing is unpickled, nothing is executed.
 from __future__ import annotations
 
 import dataclasses
-import types
 import typing
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Any, get_type_hints
 
@@ -28,15 +28,28 @@ STYPE = "raw"
 
 def pack(message: Message) -> RecordDict:
     """Put a message into Flower's records."""
+    (packed,) = pack_all([message])
+    return packed
+
+
+def pack_all(messages: Iterable[Message]) -> list[RecordDict]:
+    """Put messages into records; an array that several hold is copied once."""
+    copies: dict[int, Array] = {}
+    return [_pack(message, copies) for message in messages]
+
+
+def _pack(message: Message, copies: dict[int, Array]) -> RecordDict:
     arrays: dict[str, Array] = {}
     values: dict[str, Any] = {"kind": type(message).__name__}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
         if isinstance(value, np.ndarray):
-            little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
-            arrays[field.name] = Array(
-                dtype=value.dtype.name, shape=value.shape, stype=STYPE, data=little.tobytes()
-            )
+            if id(value) not in copies:
+                little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
+                copies[id(value)] = Array(
+                    dtype=value.dtype.name, shape=value.shape, stype=STYPE, data=little.tobytes()
+                )
+            arrays[field.name] = copies[id(value)]
         else:
             values[field.name] = list(value) if isinstance(value, tuple) else _plain(value)
     return RecordDict({"message": ConfigRecord(values), "arrays": ArrayRecord(arrays)})
@@ -90,7 +103,18 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         return hint(value)
     if type(value) is not hint or (isinstance(value, str | bytes) and len(value) > MAX_TEXT):
         raise RemoteProtocolError(f"{where}: expected {hint.__name__} of at most {MAX_TEXT}")
+    if isinstance(value, str) and not _is_unicode(value):
+        raise RemoteProtocolError(f"{where}: not Unicode text")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Python's strings may hold half of a surrogate pair; nothing that is encoded does."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _array(array: Array, hint: Any, where: str) -> NDArray[Any]:
@@ -108,7 +132,7 @@ def _array(array: Array, hint: Any, where: str) -> NDArray[Any]:
 
 def _dtype(hint: Any) -> np.dtype[Any] | None:
     """The element type of ``NDArray[np.float32]``; None for anything that is not an array."""
-    if not isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is not np.ndarray:
+    if typing.get_origin(hint) is not np.ndarray:
         return None
     (_, dtype) = typing.get_args(hint)
     element: np.dtype[Any] = np.dtype(typing.get_args(dtype)[0])

@@ -13,13 +13,15 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import wire
 from common.errors import ConfigError, FederationError, RemoteProtocolError, RoundAborted
-from common.messages import Greeting, Introduction, Message
+from common.messages import Greeting, Introduction, Message, Reason, Refusal
 from common.simulation import from_run_config, run_folder
+from common.throwaway import coordinator_credentials, issue_identities
 from server.coordinator import run
-from server.network import Network
+from server.network import Enough, Network, never
 from server.progress import ConsoleObserver, print_summary
 from server.run_dir import RunDir
 
+PULLED_TOGETHER = 4
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.1
 NODES_APPEAR_S = 10.0  # the engine registers its nodes within a fraction of a second
 NODES_SETTLE_S = 0.5
@@ -33,6 +35,7 @@ FLWR_DISABLE_UPDATE_CHECK=1 flwr run . --stream \\
 --federation-config 'num-supernodes=4 client-resources-num-cpus=1' \\
 --run-config 'study="studies/phantoms.toml" num-rounds=3'"""
 
+log = logging.getLogger("consilium.coordinator")
 app = ServerApp()
 
 
@@ -48,46 +51,59 @@ class FlowerNetwork:
         """Every site that introduced itself."""
         return list(self._nodes)
 
-    def ask(self, sites: Sequence[str], message: Message) -> Iterator[tuple[str, Message]]:
+    def ask(
+        self, messages: Mapping[str, Message], enough: Enough = never
+    ) -> Iterator[tuple[str, Message]]:
         """Ask sites; replies are yielded as they arrive, until the study's deadline."""
-        names = {self._nodes[site]: site for site in sites}
-        for node, reply in exchange(self._grid, list(names), message, self._deadline_s):
+        names = {self._nodes[site]: site for site in messages if site in self._nodes}
+        by_node = {node: messages[site] for node, site in names.items()}
+        for node, reply in exchange(self._grid, by_node, self._deadline_s, enough):
             yield names[node], reply
 
 
 def exchange(
-    grid: Grid, nodes: Sequence[int], message: Message, deadline_s: float
+    grid: Grid, messages: Mapping[int, Message], deadline_s: float, enough: Enough = never
 ) -> Iterator[tuple[int, Message]]:
-    """One message to several nodes; (node id, reply) as replies arrive.
+    """One message to each of several nodes; (node id, reply) as replies arrive.
 
     A node that is silent or answers with an error is left out.
 
     Raises:
       RoundAborted: A worker of the simulation engine died.
-      RemoteProtocolError: A reply is malformed.
     """
-    content = wire.pack(message)
+    packed = wire.pack_all(messages.values())
     sent = [
         FlowerMessage(content, dst_node_id=node, message_type="query", ttl=deadline_s)
-        for node in nodes
+        for node, content in zip(messages, packed, strict=True)
     ]
-    waiting = dict(zip(grid.push_messages(sent), nodes, strict=True))
+    waiting = dict(zip(grid.push_messages(sent), messages, strict=True))
     end, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
     while waiting and time.monotonic() < end:
-        replies = list(grid.pull_messages(list(waiting)))
-        for reply in replies:
-            node = waiting.pop(reply.metadata.reply_to_message_id)
-            if not reply.has_error():
-                yield node, _unpack(reply.content)
-            elif reply.error.code == ACTOR_DIED:
-                raise RoundAborted(f"a simulation worker died: {reply.error.reason}")
-        pause = FIRST_PAUSE_S if replies else min(LONGEST_PAUSE_S, pause * 1.5)
-        if not replies:
+        arrived = 0
+        ids = list(waiting)
+        # A few at a time: bodies that came together must not all be in memory together.
+        for few in (ids[k : k + PULLED_TOGETHER] for k in range(0, len(ids), PULLED_TOGETHER)):
+            for reply in grid.pull_messages(few):
+                arrived += 1
+                node = waiting.pop(reply.metadata.reply_to_message_id)
+                if not reply.has_error():
+                    yield node, _unpack(node, reply.content)
+                elif reply.error.code == ACTOR_DIED:
+                    raise RoundAborted(f"a simulation worker died: {reply.error.reason}")
+        if not arrived and enough():
+            return
+        pause = FIRST_PAUSE_S if arrived else min(LONGEST_PAUSE_S, pause * 1.5)
+        if not arrived:
             time.sleep(pause)
 
 
-def _unpack(records: RecordDict) -> Message:
-    return wire.unpack(records)
+def _unpack(node: int, records: RecordDict) -> Message:
+    """A node's reply; one that cannot be read counts as a refusal, and the others go on."""
+    try:
+        return wire.unpack(records)
+    except RemoteProtocolError as error:
+        log.error("node %d: %s", node, error)  # noqa: TRY400 - a sentence, not a traceback
+        return Refusal(run="", reason=Reason.PROTOCOL)
 
 
 @app.main()
@@ -103,9 +119,11 @@ def main(grid: Grid, context: Context) -> None:
     folder = run_folder(context.run_config)
     resume = bool(context.run_config["resume"])
     record = RunDir.open(folder, study, simulation, resume=resume)
+    issue_identities(folder, study.site_names)
+    credentials = coordinator_credentials(folder, study.site_names)
     network = _introduce(grid, nodes, study.site_names, study.deadlines.answer_s)
     with ConsoleObserver() as observer:
-        summary = run(study, network, record, observer)
+        summary = run(study, network, record, observer, credentials)
     print_summary(summary, folder)
 
 
@@ -127,7 +145,7 @@ def _introduce(
 ) -> Network:
     """Learn which node is which site."""
     sites: dict[str, int] = {}
-    for node, reply in exchange(grid, nodes, Greeting(), START_S):
+    for node, reply in exchange(grid, dict.fromkeys(nodes, Greeting()), START_S):
         if not isinstance(reply, Introduction) or not 0 <= reply.index < len(names):
             raise RemoteProtocolError("a node did not introduce itself as a site of this study")
         sites[names[reply.index]] = node

@@ -5,19 +5,25 @@ Start reading at ``run``.
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
-from common.errors import RemoteProtocolError, RoundAborted
-from common.manifest import Manifest, plan_epoch
-from common.messages import Invitation, Present, Purpose, Refusal, RoundTask
+import numpy as np
+
+from common.errors import RoundAborted
+from common.evidence import Evidence
+from common.manifest import plan_epoch
+from common.messages import Purpose, RoundTask
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork, Schema
-from common.study import Study
+from common.roster import CoordinatorCredentials
+from common.study import DifferentialPrivacy, Study
 from common.tasks import Figures, Task, task_of
+from server.cohort import Cohort
+from server.epoch import Epoch
+from server.exchange import Exchange
 from server.network import Network
 from server.run_dir import RunDir
 from server.secure_sum import Total, Void, secure_sum
@@ -31,6 +37,7 @@ from server.state import (
     training_task,
     validation_task,
 )
+from server.transcript import ObservedNetwork
 
 Summary = dict[str, Any]
 
@@ -54,21 +61,43 @@ class Observer(Protocol):
         """A sum had too few survivors."""
         ...
 
+    def renewed(self, number: int, sites: Sequence[str]) -> None:
+        """The members changed, and those that are there agreed on new keys."""
+        ...
+
 
 class Coordinator:
     """The parts of one run that every step needs."""
 
-    def __init__(self, study: Study, network: Network, run_dir: RunDir, observer: Observer) -> None:
+    def __init__(
+        self,
+        study: Study,
+        network: Network,
+        run_dir: RunDir,
+        observer: Observer,
+        credentials: CoordinatorCredentials,
+    ) -> None:
         self.study = study
-        self.network = network
         self.run_dir = run_dir
         self.observer = observer
+        self.network = ObservedNetwork(network, run_dir.path)
+        self.exchange = Exchange(self.network, credentials, Evidence(run_dir.path))
         self.task: Task = task_of(study)
         self.first: FlatNetwork = build_network(study)
         self.schema: Schema = self.first.schema
+        plan = partial(
+            plan_epoch, study, self.schema, self.task, first_model=digest_of_weights(self.first)
+        )
+        self.cohort = Cohort(study, self.exchange, run_dir, plan)
 
 
-def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> Summary:
+def run(
+    study: Study,
+    network: Network,
+    run_dir: RunDir,
+    observer: Observer,
+    credentials: CoordinatorCredentials,
+) -> Summary:
     """Train one global model, score it and write the summary.
 
     Args:
@@ -76,91 +105,104 @@ def run(study: Study, network: Network, run_dir: RunDir, observer: Observer) -> 
       network: Reaches them.
       run_dir: Where the run is kept; one with finished rounds is continued.
       observer: Told of every round.
+      credentials: The coordinator's key, and whom it believes.
 
     Returns:
       What ``summary.json`` holds.
 
     Raises:
-      RoundAborted: So many sums were void that the run cannot end.
+      RoundAborted: So many sums were void, or so many sites left, that the run cannot end.
     """
     if done := run_dir.summary():
         if not run_dir.is_sealed:
             run_dir.seal()  # the last step of a run, and the only one a crash may have left out
         return done
-    this = Coordinator(study, network, run_dir, observer)
-    manifest = agree(this)
+    this = Coordinator(study, network, run_dir, observer, credentials)
+    epoch = this.cohort.resume()
     state = run_dir.latest(this.schema)
     if state is None:
-        state = initial_state(study, manifest, this.first.vector())
+        state = initial_state(study, epoch.manifest, this.first.vector())
         run_dir.save_model(0, state.model, this.schema)
-    observer.started(study, state.round_number, manifest.members)
+    state = state.for_ring(epoch.manifest.ring)
+    observer.started(study, state.round_number, epoch.manifest.names)
     while not finished(state, study):
         started = time.perf_counter()
-        total = sum_of(this, manifest, training_task(state, manifest))
+        total = sum_of(this, epoch, training_task(state, epoch.run.hex()))
         if isinstance(total, Void):
             state = state.skip_sum()  # nothing was learned; the next sum is a new training
             run_dir.save_state(state)
-            continue
-        figures = this.task.figures(total.counts)
-        run_dir.save_counts(f"validation-{state.round_number:04d}", total.counts)
-        run_dir.save_statements(total.statements)
-        state = state.step(total, figures, study, manifest, this.schema.sizes)
-        line = {
-            "round": state.round_number,
-            "incoming_validation": figures,  # of the model the round began with
-            **sum_line(total, time.perf_counter() - started),
-        }
-        run_dir.save(state, this.schema, line)
-        observer.finished_round(line)
+        else:
+            figures = this.task.figures(total.counts)
+            run_dir.save_counts(f"validation-{state.round_number:04d}", total.counts)
+            run_dir.save_statements(total.statements)
+            before, state = (
+                state,
+                state.step(total, figures, study, epoch.manifest, this.schema.sizes),
+            )
+            line = {
+                "round": state.round_number,
+                "incoming_validation": figures,  # of the model the round began with
+                **sum_line(total, time.perf_counter() - started),
+            }
+            run_dir.save(state, this.schema, line)
+            run_dir.drop_pending()
+            observer.finished_round(line)
+            check_progress(before, state, study)
+        epoch, state = renew_if_members_changed(this, epoch, state, total)
     if state.round_number == 0:
         raise RoundAborted("every sum was void and nothing was learned; see the sites' logs")
-    return conclude(this, manifest, state)
+    return conclude(this, epoch, state)
 
 
-def agree(this: Coordinator) -> Manifest:
-    """Have every member check the manifest of this epoch; a resumed run keeps its epoch."""
-    manifest = this.run_dir.epoch() or plan_epoch(
-        this.study,
-        this.schema,
-        this.task,
-        first_model=digest_of_weights(this.first),
-        epoch=1,
-        nonce=secrets.token_hex(16),
+def check_progress(before: State, after: State, study: Study) -> None:
+    """Stop where a round changed nothing: sites never train twice on one model.
+
+    Raises:
+      RoundAborted: With what to change.
+    """
+    if finished(after, study) or not np.array_equal(before.model, after.model):
+        return
+    bound = study.aggregation.first_round_bound
+    raise RoundAborted(
+        f"round {after.round_number} changed no parameter: every weighted entry became zero in the "
+        f"ring; a new study needs aggregation.first_round_bound below {bound:g}, an "
+        "aggregation.weight_cap nearer to the largest site, or more ring_bits"
     )
-    present = set()
-    refused = {}
-    for site, reply in this.network.ask(manifest.members, Invitation(manifest.canonical())):
-        if isinstance(reply, Present) and (reply.run, reply.site) != (manifest.digest(), site):
-            raise RemoteProtocolError(f"{site} answered for {reply.site} and run {reply.run}")
-        if isinstance(reply, Present):
-            present.add(site)
-        if isinstance(reply, Refusal):
-            refused[site] = f" ({reply.reason})"
-    if missing := sorted(set(manifest.members) - present):
-        named = ", ".join(site + refused.get(site, "") for site in missing)
-        raise RoundAborted(f"{named} did not agree to the study; see their logs")
-    this.run_dir.save_epoch(manifest)
-    return manifest
 
 
-def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
+def renew_if_members_changed(
+    this: Coordinator, epoch: Epoch, state: State, last: Total | Void
+) -> tuple[Epoch, State]:
+    """New keys between sums where somebody left for good or came late; the study is the same."""
+    renewed = this.cohort.renew(epoch, last)
+    if renewed is epoch:
+        return epoch, state
+    this.observer.renewed(renewed.manifest.epoch, renewed.manifest.names)
+    return renewed, state.for_ring(renewed.manifest.ring)
+
+
+def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     """Score the last model on validation and the returned one on test; write the results."""
     if not state.is_scored:
-        state, figures = evaluated(this, manifest, state, validation_task(state, manifest))
+        epoch, state, figures = evaluated(this, epoch, state, validation_task)
         state = state.scored(figures)
         this.run_dir.save_state(state)
+        this.run_dir.drop_pending()
     returned = best_round(state, this.study)
     model = returned_model(state, this.study, this.run_dir.model(returned, this.schema))
-    _, final = evaluated(this, manifest, state, test_task(state, manifest, model, returned))
+    make_task = partial(test_task, model=model, round_number=returned)
+    epoch, state, final = evaluated(this, epoch, state, make_task)
     digest = this.run_dir.save_final(model, this.schema, this.first.kept())
     rounds = this.run_dir.rounds()
     seconds = [line["seconds"] for line in rounds]
     sums = [*rounds, *this.run_dir.evaluations()]
+    everybody = {name for known in this.run_dir.manifests() for name in known.names}
+    sites = [name for name in this.study.site_names if name in everybody]
     summary: Summary = {
         "study": {"name": this.study.name, "digest": this.study.digest()},
         "num_rounds": state.round_number,
         "returned_round": returned,
-        "sites": list(manifest.members),
+        "sites": sites,
         "survivors": [line["survivors"] for line in rounds],
         "metrics": {
             "by_round": list(state.validation[1:]),
@@ -175,35 +217,37 @@ def conclude(this: Coordinator, manifest: Manifest, state: State) -> Summary:
             "per_round": [line["total"] for line in seconds],
         },
         "bytes_up_per_site": {
-            site: sum(line["bytes_up"].get(site, 0) for line in sums) for site in manifest.members
+            site: sum(line["bytes_up"].get(site, 0) for line in sums) for site in sites
         },
         "num_params": this.schema.num_params,
         "final_model_sha256": digest,
     }
     this.run_dir.save_summary(summary)
+    this.run_dir.drop_pending()
     this.run_dir.seal()
     return summary
 
 
 def evaluated(
-    this: Coordinator, manifest: Manifest, state: State, task: RoundTask
-) -> tuple[State, Figures]:
+    this: Coordinator, epoch: Epoch, state: State, make_task: Callable[[State, str], RoundTask]
+) -> tuple[Epoch, State, Figures]:
     """Figures of an evaluation; a void one is asked again under the next sum number."""
     started = time.perf_counter()
-    while isinstance(total := sum_of(this, manifest, task), Void):
+    while isinstance(total := sum_of(this, epoch, make_task(state, epoch.run.hex())), Void):
         state = state.skip_sum()
         this.run_dir.save_state(state)
-        task = replace(task, sum_number=state.sum_number)
+        epoch, state = renew_if_members_changed(this, epoch, state, total)
+    task = total.task
     this.run_dir.save_statements(total.statements)
     line = sum_line(total, time.perf_counter() - started)
     if task.purpose == Purpose.TEST:
         this.run_dir.save_evaluation("test", total.counts, line)
     else:
         this.run_dir.save_evaluation(f"validation-{task.round_number:04d}", total.counts, line)
-    return state, this.task.figures(total.counts)
+    return epoch, state, this.task.figures(total.counts)
 
 
-def sum_of(this: Coordinator, manifest: Manifest, task: RoundTask) -> Total | Void:
+def sum_of(this: Coordinator, epoch: Epoch, task: RoundTask) -> Total | Void:
     """One secure sum over the members, watched.
 
     Raises:
@@ -211,11 +255,19 @@ def sum_of(this: Coordinator, manifest: Manifest, task: RoundTask) -> Total | Vo
     """
     needed = this.study.cohort.min_sites
     total = secure_sum(
-        this.network, manifest, task, min_sites=needed, on_upload=this.observer.uploaded
+        this.exchange,
+        epoch,
+        task,
+        min_sites=needed,
+        is_private=isinstance(this.study.privacy, DifferentialPrivacy),
+        pending=this.run_dir.pending(),
+        keep_pending=this.run_dir.save_pending,
+        on_upload=this.observer.uploaded,
     )
     if isinstance(total, Void):
         this.observer.voided(total)
-        if task.sum_number + 1 >= manifest.num_sums:
+        if task.sum_number + 1 >= epoch.manifest.num_sums:
+            needed = max(needed, epoch.manifest.threshold)
             raise RoundAborted(
                 f"sum {task.sum_number}: {len(total.survivors)} sites answered, {needed} are "
                 "needed, and no spare sum is left; bring the sites back and start a new run"
@@ -230,6 +282,8 @@ def sum_line(total: Total, seconds: float) -> dict[str, Any]:
         "purpose": total.task.purpose,
         "survivors": list(total.survivors),
         "refusals": total.refusals,
+        "convicted": total.convicted,
+        "disputes": list(total.disputes),
         "bytes_up": total.bytes_up,
         "clipped": int(total.clipped.sum()),
         "seconds": {**total.seconds, "total": seconds},

@@ -8,6 +8,12 @@ from typing import Protocol
 from common.messages import Message
 
 Answer = Callable[[Message], Message]
+Enough = Callable[[], bool]
+
+
+def never() -> bool:
+    """Wait for everybody."""
+    return False
 
 
 class Network(Protocol):
@@ -17,10 +23,13 @@ class Network(Protocol):
         """Names of the sites that can be asked now."""
         ...
 
-    def ask(self, sites: Sequence[str], message: Message) -> Iterator[tuple[str, Message]]:
-        """Send one message to several sites; yield (site, reply) as replies arrive.
+    def ask(
+        self, messages: Mapping[str, Message], enough: Enough = never
+    ) -> Iterator[tuple[str, Message]]:
+        """Send each site its message; yield (site, reply) as replies arrive.
 
-        A site that is silent until the deadline is missing from what is yielded.
+        A site that is silent until the deadline is missing from what is yielded. Once ``enough``
+        says so, nobody is waited for; what has arrived is still yielded.
         """
         ...
 
@@ -35,7 +44,11 @@ class LoopbackNetwork:
         """Every site, always."""
         return list(self._answers)
 
-    def ask(self, sites: Sequence[str], message: Message) -> Iterator[tuple[str, Message]]:
+    def ask(
+        self,
+        messages: Mapping[str, Message],
+        enough: Enough = never,  # noqa: ARG002 - nobody is waited for here
+    ) -> Iterator[tuple[str, Message]]:
         """Ask one site after the other."""
-        for site in sites:
+        for site, message in messages.items():
             yield site, self._answers[site](message)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from common.manifest import default_threshold
 from common.models.build import build_network
 from common.plan import plan_privacy
+from common.secagg.header import overhead_bytes
 from common.study import Classification, NoPrivacy, Study
 from common.tasks import task_of
 
@@ -40,6 +42,13 @@ def plan_lines(study: Study) -> Iterator[str]:
         stopping = training.early_stopping
         yield f"early stopping: {stopping.figure} without gain for {stopping.patience} rounds"
     yield f"members: {', '.join(study.site_names) or 'filled in by the simulation'}"
+    if num_sites := len(study.members):
+        threshold = default_threshold(num_sites)
+        yield (
+            f"secure sum: {threshold} of {num_sites} sites recover it, "
+            f"{num_sites - threshold} may drop out; with each upload "
+            f"{overhead_bytes(num_sites):,} bytes of shares, commitments and signature"
+        )
     yield (
         f"each site per round: {body_bytes + tail_bytes:,} bytes up "
         f"({study.aggregation.ring_bits} bits a parameter, {tail_bytes:,} bytes of counts), "

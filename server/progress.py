@@ -72,7 +72,12 @@ class ConsoleObserver:
         self._console.print(
             f"sum {void.task.sum_number} is void: {len(void.survivors)} uploads"
             + (f" ({refusals})" if refusals else "")
+            + (f"; unequal keys: {'; '.join(void.disputes)}" if void.disputes else "")
         )
+
+    def renewed(self, number: int, sites: Sequence[str]) -> None:
+        """Say who goes on."""
+        self._console.print(f"epoch {number}: new keys among {', '.join(sites)}")
 
     def _update(self, **changes: Any) -> None:
         if self._progress is not None:

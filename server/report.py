@@ -28,9 +28,13 @@ from server.reporting.page import render
 from server.reporting.phantoms import draw_phantoms
 from server.reporting.record import Record, read_record
 from server.run_dir import EVALUATIONS, FINAL, ROUNDS, SUMMARY, SUMS, RunDir
+from server.transcript import TRANSCRIPT
 
 HTML, JSON = "report.html", "report.json"
-REQUIRED: Final = (STUDY, SUMMARY, ROUNDS, EVALUATIONS, FINAL, "epoch-1.json", "counts/test.npy")
+REQUIRED: Final = (
+    *(STUDY, SUMMARY, ROUNDS, EVALUATIONS, FINAL, TRANSCRIPT),
+    "counts/test.npy",
+)
 
 
 def write_report(folder: Path) -> Path:
@@ -96,7 +100,8 @@ def digests_of(run_dir: RunDir) -> dict[str, str]:
         if found is None:
             raise FederationError(f"{SUMS}: line {number} is not a SHA-256 and a file name")
         digests[found.group(2)] = found.group(1)
-    for name in REQUIRED:
+    manifests = [f"epoch-{number}.json" for number in run_dir.epochs()]
+    for name in (*REQUIRED, *(manifests or ["epoch-1.json"])):
         if name not in digests:
             raise FederationError(f"{name} is not listed in {SUMS}; a finished run lists it")
     return digests
@@ -154,7 +159,9 @@ def _recorded_twice(record: Record) -> Iterator[tuple[str, str, Any, Any]]:
     digest = summary["study"]["digest"]
     yield "study.digest", STUDY, _digest_as_written(record.settings), digest
     yield "study.digest", "the manifest", record.manifest.study, digest
-    yield "sites", "the manifest", list(record.manifest.members), summary["sites"]
+    everybody = {name for manifest in record.manifests for name in manifest.names}
+    sites = [name for name in record.study.site_names if name in everybody]
+    yield "sites", "the manifests", sites, summary["sites"]
     yield "num_rounds", ROUNDS, len(rounds), summary["num_rounds"]
     by_round = summary["metrics"]["by_round"]
     yield "the length of metrics.by_round", ROUNDS, len(rounds), len(by_round)

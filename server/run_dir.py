@@ -25,15 +25,26 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from common.config import load
+from common.disk import sync_folder
 from common.errors import ConfigError
+from common.evidence import FILE as EVIDENCE
 from common.manifest import Manifest
+from common.messages import Agreement, Message, Roster
 from common.models.flat import Schema
+from common.record import as_table, from_table
 from common.simulation import SIMULATION, STUDY, Simulation
 from common.statement import Statement
 from common.study import Study
+from common.throwaway import CA, SITES
+from server.collected import Collected
+from server.epoch import Epoch
 from server.state import State
+from server.transcript import TRANSCRIPT
 
 STATE = "state.safetensors"
+PENDING = "pending-sum.safetensors"
+EXCLUDED = "excluded.json"
+OPENED = "opened-epoch"
 ROUNDS = "rounds.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 PRIVACY = "privacy"
@@ -110,14 +121,66 @@ class RunDir:
 
     # Epochs and state
 
-    def save_epoch(self, manifest: Manifest) -> None:
-        """Keep the manifest the sites agreed to."""
-        self._write(f"epoch-{manifest.epoch}.json", manifest.canonical().encode())
+    def save_epoch(self, epoch: Epoch) -> None:
+        """Keep what the members agreed to, and their public keys."""
+        number = epoch.manifest.epoch
+        messages: list[Message] = [epoch.roster, *epoch.agreements]
+        tables = [as_table(message) for message in messages]
+        self._write(f"keys-{number}.json", (json.dumps(tables, indent=1) + "\n").encode())
+        self._write(f"epoch-{number}.json", epoch.manifest.canonical().encode())
 
-    def epoch(self) -> Manifest | None:
-        """The latest manifest, or None before the first."""
-        found = sorted(self.path.glob("epoch-*.json"), key=lambda p: int(p.stem.split("-")[1]))
-        return Manifest.parse(found[-1].read_text()) if found else None
+    def save_opened_epoch(self, number: int) -> None:
+        """Note that keys are about to be exchanged: some sites may leave the epoch before."""
+        self._write(OPENED, f"{number}\n".encode())
+
+    def opened_epoch(self) -> int:
+        """The last epoch that was opened, agreed on or not; 0 before the first."""
+        path = self.path / OPENED
+        return int(path.read_text()) if path.exists() else 0
+
+    def manifests(self) -> list[Manifest]:
+        """The manifest of every epoch, in order."""
+        files = [self.path / f"epoch-{number}.json" for number in self.epochs()]
+        return [Manifest.parse(file.read_text()) for file in files]
+
+    def epochs(self) -> list[int]:
+        """The numbers of the epochs that were agreed on."""
+        return sorted(int(file.stem.split("-")[1]) for file in self.path.glob("epoch-*.json"))
+
+    def epoch(self) -> Epoch | None:
+        """The latest epoch, or None before the first."""
+        manifests = self.manifests()
+        if not manifests:
+            return None
+        file = self.path / f"keys-{manifests[-1].epoch}.json"
+        roster, *agreements = json.loads(file.read_text())
+        return Epoch(
+            manifests[-1],
+            from_table(roster, Roster),
+            tuple(from_table(table, Agreement) for table in agreements),
+        )
+
+    def save_excluded(self, excluded: Mapping[str, str]) -> None:
+        """Remember who left the run for good, and why."""
+        self._write(EXCLUDED, (json.dumps(excluded, indent=2) + "\n").encode())
+
+    def excluded(self) -> dict[str, str]:
+        """Who left the run for good, and why."""
+        path = self.path / EXCLUDED
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+
+    def save_pending(self, collected: Collected) -> None:
+        """Keep a sum whose survivors are settled; it is masked still."""
+        self._write(PENDING, collected.encode())
+
+    def pending(self) -> Collected | None:
+        """The sum that was to be unmasked when the run stopped, or None."""
+        path = self.path / PENDING
+        return Collected.load(path) if path.exists() else None
+
+    def drop_pending(self) -> None:
+        """The sum was unmasked and the state after it is on disk."""
+        (self.path / PENDING).unlink(missing_ok=True)
 
     def save(self, state: State, schema: Schema, line: Mapping[str, Any]) -> None:
         """Record a finished round; after this returns, the round cannot be lost."""
@@ -135,6 +198,7 @@ class RunDir:
             "round_number": state.round_number,
             "sum_number": state.sum_number,
             "exponents": state.exponents,
+            "num_members": state.num_members,
             "validation": state.validation,
         }
         self._write(STATE, save(state.optimizer, metadata={"state": json.dumps(about)}))
@@ -153,6 +217,7 @@ class RunDir:
             model=self.model(about["round_number"], schema),
             optimizer=optimizer,
             exponents=tuple(about["exponents"]),
+            num_members=about["num_members"],
             validation=tuple(about["validation"]),
         )
 
@@ -253,7 +318,8 @@ class RunDir:
         lines = [
             f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(self.path)}\n"
             for file in files
-            if file.relative_to(self.path).parts[0] != "sites" and file.stem not in ("report", SUMS)
+            if file.relative_to(self.path).parts[0] not in (CA, SITES)
+            and file.stem not in ("report", SUMS)
         ]
         self._write(SUMS, "".join(lines).encode())
 
@@ -277,22 +343,14 @@ class RunDir:
                 raise
         Path(file.name).chmod(0o644)
         Path(file.name).rename(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
 
 
 def _never_began(path: Path) -> bool:
     """Whether a start failed here before any site agreed, and nothing else lies in the folder."""
-    present = {entry.name for entry in path.iterdir()}
-    started = {STUDY, SIMULATION, LOCK, "models", "counts", "sites"}
+    present = {entry.name for entry in path.iterdir() if entry.name[0] != "."}
+    started = {STUDY, SIMULATION, "models", "counts", CA, SITES, EVIDENCE, TRANSCRIPT, OPENED}
     return SIMULATION in present and present <= started and not any((path / "models").iterdir())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _model_name(round_number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.manifest import Manifest
-from common.messages import Purpose, RoundTask
-from common.quantize import next_exponents
+from common.messages import Purpose, RoundTask, digest_of_model
+from common.quantize import EXPONENT_RANGE, Ring, next_exponents
 from common.study import DifferentialPrivacy, Study
 from common.tasks import Figures
 from server.global_model import (
@@ -34,6 +35,7 @@ class State:
       model: The global model after ``round_number`` rounds, shape (num_params,).
       optimizer: The server optimizer's own arrays.
       exponents: Steps of the next sum.
+      num_members: The summands that these steps leave room for.
       validation: Figures of model 0, 1, ... as far as they are known.
     """
 
@@ -42,6 +44,7 @@ class State:
     model: NDArray[np.float32]
     optimizer: OptimizerState
     exponents: tuple[int, ...]
+    num_members: int
     validation: tuple[Figures, ...] = ()
 
     @property
@@ -76,12 +79,20 @@ class State:
             model=model,
             optimizer=optimizer,
             exponents=exponents,
+            num_members=manifest.ring.num_members,
             validation=(*self.validation, figures),
         )
 
     def scored(self, figures: Figures) -> State:
         """The figures of the current model became known by a sum of their own."""
         return replace(self, sum_number=self.sum_number + 1, validation=(*self.validation, figures))
+
+    def for_ring(self, ring: Ring) -> State:
+        """The same with steps for another number of members: more of them leave less room each."""
+        before = replace(ring, num_members=self.num_members)
+        coarser = math.ceil(math.log2(max(1.0, before.max_magnitude / ring.max_magnitude)))
+        raised = (min(exponent + coarser, EXPONENT_RANGE[1]) for exponent in self.exponents)
+        return replace(self, exponents=tuple(raised), num_members=ring.num_members)
 
     def skip_sum(self) -> State:
         """A void sum: nothing was learned; the next sum is a new training."""
@@ -96,24 +107,23 @@ def initial_state(study: Study, manifest: Manifest, model: NDArray[np.float32]) 
         model=model,
         optimizer=initial_optimizer_state(study.server_optimizer, model),
         exponents=manifest.exponents,
+        num_members=manifest.ring.num_members,
     )
 
 
-def training_task(state: State, manifest: Manifest) -> RoundTask:
+def training_task(state: State, run: str) -> RoundTask:
     """Score the current model on validation and train the next one."""
-    return _task(state, manifest, Purpose.TRAIN, state.round_number + 1, state.model)
+    return _task(state, run, Purpose.TRAIN, state.round_number + 1, state.model)
 
 
-def validation_task(state: State, manifest: Manifest) -> RoundTask:
+def validation_task(state: State, run: str) -> RoundTask:
     """Score the last model, which no training follows."""
-    return _task(state, manifest, Purpose.VALIDATE, state.round_number, state.model)
+    return _task(state, run, Purpose.VALIDATE, state.round_number, state.model)
 
 
-def test_task(
-    state: State, manifest: Manifest, model: NDArray[np.float32], round_number: int
-) -> RoundTask:
+def test_task(state: State, run: str, model: NDArray[np.float32], round_number: int) -> RoundTask:
     """Score the returned model on the test split."""
-    return _task(state, manifest, Purpose.TEST, round_number, model)
+    return _task(state, run, Purpose.TEST, round_number, model)
 
 
 def finished(state: State, study: Study) -> bool:
@@ -157,16 +167,21 @@ def returned_model(state: State, study: Study, model: NDArray[np.float32]) -> ND
 
 def _task(
     state: State,
-    manifest: Manifest,
+    run: str,
     purpose: Purpose,
     round_number: int,
     model: NDArray[np.float32],
 ) -> RoundTask:
+    """A task before it is made out to a site: see ``Epoch.task_for``."""
     return RoundTask(
-        run=manifest.digest(),
+        run=run,
         sum_number=state.sum_number,
         round_number=round_number,
         purpose=purpose,
         exponents=state.exponents,
+        model_digest=digest_of_model(model),
+        ciphertexts=(),
+        ciphertext_signatures=(),
+        revoked=b"",
         model=model,
     )

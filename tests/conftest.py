@@ -1,6 +1,7 @@
 """What many tests share: a study that trains in milliseconds, a site of it, and real data."""
 
 import os
+import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -67,8 +68,14 @@ StudyFactory = Callable[..., Study]
 SiteFactory = Callable[..., "Site"]
 
 
+MEMORY = Path("/dev/shm")  # noqa: S108 - journals flush to disk at every step; here that is free
+ENOUGH_BYTES = 2 << 30
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """Warnings are errors, except known lines of a dependency."""
+    """Warnings are errors, except known lines of a dependency; temporary folders lie in memory."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ENOUGH_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
     for line in KNOWN_WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

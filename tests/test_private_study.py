@@ -14,7 +14,9 @@ from client.simulated import simulated_site, source_of
 from common.accounting import Event, epsilon_of
 from common.errors import BudgetExhausted, ConfigError, DataError
 from common.messages import RoundTask, Upload
-from server.network import LoopbackNetwork
+from common.signing import sign
+from common.throwaway import coordinator_credentials
+from server.network import LoopbackNetwork, never
 
 PRIVACY: dict[str, Any] = {
     "epsilon": 8.0,
@@ -55,13 +57,15 @@ def test_an_answered_sum_is_never_trained_or_charged_again(tmp_path: Path) -> No
     same = []
 
     class Stuttering(LoopbackNetwork):
-        def ask(self, sites, message):
-            for site, reply in super().ask(sites, message):
+        def ask(self, messages, enough=never):
+            for site, reply in super().ask(messages, enough):
                 if isinstance(reply, Upload):
-                    same.append(np.array_equal(answers[site](message).body, reply.body))
+                    again = answers[site](messages[site])
+                    same.append(np.array_equal(again.body, reply.body))
+                    assert again.header == reply.header
                 yield site, reply
 
-    federate(study, tmp_path / "run", network=Stuttering(answers))
+    federate(study, tmp_path / "run", network=Stuttering(answers), sites_in=tmp_path / "sites")
     assert same == [True] * 12  # four sites; a training and two evaluations each
     for name in sites:
         ledger = tmp_path / "sites" / "sites" / name / "ledgers" / "phantoms.jsonl"
@@ -108,11 +112,13 @@ def test_a_void_sum_is_paid_for_so_the_run_ends_a_round_earlier(tmp_path: Path) 
     sites = open_sites(study, tmp_path / "sites")
 
     class Silent(LoopbackNetwork):
-        def ask(self, sites, message):
-            silent = isinstance(message, RoundTask) and message.sum_number == 1
-            yield from super().ask(sites[:1] if silent else sites, message)
+        def ask(self, messages, enough=never):
+            first = messages["site-1"]
+            is_silent = isinstance(first, RoundTask) and first.sum_number == 1
+            yield from super().ask({"site-1": first} if is_silent else messages, enough)
 
-    summary = federate(study, tmp_path / "run", network=Silent(answers_of(sites)))
+    network = Silent(answers_of(sites))
+    summary = federate(study, tmp_path / "run", network=network, sites_in=tmp_path / "sites")
     assert summary["num_rounds"] == 2
     # site-1 answered the void sum too and was charged for it; nobody exceeds the study's epsilon.
     assert summary["privacy"]["site-1"]["steps"] == 3 * 2
@@ -123,20 +129,25 @@ def test_a_void_sum_is_paid_for_so_the_run_ends_a_round_earlier(tmp_path: Path) 
 def test_a_site_refuses_more_sums_than_the_studys_epsilon_pays_for(tmp_path: Path) -> None:
     study = tiny_study(privacy=PRIVACY)
     sites = open_sites(study, tmp_path / "sites")
+    coordinator = coordinator_credentials(tmp_path / "sites", study.site_names).identity
+    answers = answers_of(sites)
     greedy = []
 
     class Greedy(LoopbackNetwork):
         """Asks for training again and again under new sum numbers."""
 
-        def ask(self, sites, message):
-            yield from super().ask(sites, message)
-            if isinstance(message, RoundTask) and message.sum_number == 2:
+        def ask(self, messages, enough=never):
+            yield from super().ask(messages, enough)
+            task = messages["site-1"]
+            if isinstance(task, RoundTask) and task.sum_number == 2:
                 for number in (3, 4):
-                    again = replace(message, sum_number=number)
+                    again = sign(replace(task, sum_number=number), coordinator)
                     with pytest.raises(BudgetExhausted, match="as many as its epsilon pays for"):
-                        answers_of(opened)["site-1"](again)
+                        answers["site-1"](again)
                     greedy.append(number)
 
-    opened = sites
-    federate(study, tmp_path / "run", network=Greedy(answers_of(sites)))
+    summary = federate(
+        study, tmp_path / "run", network=Greedy(answers), sites_in=tmp_path / "sites"
+    )
     assert greedy == [3, 4]
+    assert summary["num_rounds"] == 3  # what was refused cost the sum in progress nothing

@@ -21,6 +21,7 @@ def _run(script: str, folder: Path, *arguments: str) -> dict[str, object]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # every process of Flower's loads torch anew
 def test_flower_and_one_process_give_the_same_model_on_real_images(
     tmp_path: Path, real_data: Path
 ) -> None:
@@ -32,10 +33,12 @@ def test_flower_and_one_process_give_the_same_model_on_real_images(
     assert flower["final_model_sha256"] == local["final_model_sha256"]
     assert flower["study"] == local["study"]
     assert flower["metrics"] == local["metrics"]
-    assert flower["bytes_up_per_site"] == local["bytes_up_per_site"]
+    # The signature under each of five uploads is 68 to 72 bytes long, as chance has it.
+    assert flower["bytes_up_per_site"] == pytest.approx(local["bytes_up_per_site"], abs=25)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_seeded_private_study_is_the_same_under_flower_in_one_process_and_resumed(
     tmp_path: Path,
 ) -> None:

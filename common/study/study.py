@@ -25,7 +25,9 @@ class Aggregation(Frozen):
 
     ring_bits: Literal[16, 24, 32] = 32
     weight_cap: Annotated[int, Field(ge=1, le=10_000_000)] = 100_000  # patients; n_max
-    first_round_bound: Positive = 4.0  # largest |entry of an update| expected in round 1
+    first_round_bound: Positive = 2.0**-6
+    """Largest entry of an update, times weight / weight_cap, expected in round 1. Larger ones are
+    clipped, and the step grows fourfold a round; much smaller ones are lost with few bits."""
 
 
 class Cohort(Frozen):
@@ -44,6 +46,8 @@ class Member(Frozen):
     """One site that takes part."""
 
     name: Name
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Fingerprint of its public key; a simulation makes keys of its own."""
 
 
 class Study(Frozen):

@@ -11,16 +11,16 @@ from common.simulation import STUDY, Simulation
 from common.study import DifferentialPrivacy, NoPrivacy, Segmentation, Study
 from server.reporting.classes import figures_by_class
 from server.reporting.record import Facts, Record
+from server.reporting.seen import seen_by_coordinator
 from server.run_dir import SUMMARY, SUMS
 
 MIN_SUPPORT: Final = 30  # test images of a class; with fewer, one image moves recall by over 3 %
 MIN_IMAGES: Final = 10  # test images with masks; pixels are many, but those of one image are alike
 
-# What the masks of a run hide, by the version of its manifests (common/secagg/masking.py).
 COUNTS_WITHOUT_NOISE = "Counts of held-out images were added up over the sites without noise."
-MASKS: Final = {
-    1: "Masks are the identity in this version: updates were added up in the ring of the secure "
-    "sum, but nothing hid them, and the coordinator could read the update of a single site.",
+MASKS: Final = {  # by the version of the manifests
+    1: "Every update, weight and count left its site under masks; the coordinator could remove "
+    "them from the sum over all survivors alone (MaskedSum v1; no formal proof exists yet).",
 }
 
 
@@ -104,6 +104,7 @@ def facts_of(record: Record) -> Facts:
             }
             for site in summary["sites"]
         ],
+        "seen": seen_by_coordinator(record),
         "clipped_entries": sum(line["clipped"] for line in rounds),
         "seconds": _seconds(rounds, record.evaluations),
         "files": {

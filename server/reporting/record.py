@@ -12,6 +12,7 @@ from common.simulation import STUDY, Simulation
 from common.study import Study
 from common.tasks import Figures, task_of
 from server.run_dir import RunDir
+from server.transcript import read_transcript
 
 Facts: TypeAlias = dict[str, Any]  # what report.json holds, or a part of it
 
@@ -22,7 +23,9 @@ class Record:
 
     run_dir: RunDir
     study: Study
-    manifest: Manifest
+    manifest: Manifest  # of the last epoch
+    manifests: list[Manifest]
+    transcript: list[dict[str, Any]]  # one line per message
     simulation: Simulation | None  # None: deployed
     settings: dict[str, Any]  # study.toml as it was written
     summary: dict[str, Any]
@@ -39,14 +42,15 @@ class Record:
 
 def read_record(run_dir: RunDir, digests: dict[str, str]) -> Record:
     """Read everything a report is computed from; the files were found complete before."""
-    summary, manifest = run_dir.summary(), run_dir.epoch()
-    assert summary is not None  # noqa: S101 - the list of digests was asked for both files
-    assert manifest is not None  # noqa: S101
+    summary, manifests = run_dir.summary(), run_dir.manifests()
+    assert summary is not None  # noqa: S101 - it is in the list of digests
     simulation = run_dir.simulation() if run_dir.is_simulation else None
     return Record(
         run_dir=run_dir,
         study=run_dir.study(),
-        manifest=manifest,
+        manifest=manifests[-1],
+        manifests=manifests,
+        transcript=read_transcript(run_dir.path),
         simulation=simulation,
         settings=read_table(run_dir.path / STUDY),
         summary=summary,

@@ -23,13 +23,14 @@ from client.images import Images, Scans
 from client.round import local_update
 from client.simulated import alone, pooled, simulated_site, site_over, source_of
 from common.config import load, validate
-from common.messages import Purpose, RoundTask
+from common.messages import Purpose, RoundTask, digest_of_model
 from common.models.build import build_network
 from common.models.flat import FlatNetwork
 from common.simulation import EXAMPLE, Simulation
 from common.study import Segmentation, Study, TrainingLoss
 from common.tasks import SegmentationTask, task_of
 from common.tasks.losses import OUTSIDE
+from common.throwaway import coordinator_credentials
 from server.coordinator import run
 from server.network import LoopbackNetwork
 from server.run_dir import RunDir
@@ -171,7 +172,8 @@ def federated(study: Study, folder: Path, **phantoms: Any) -> dict[str, Any]:
     record = RunDir.open(folder, study, simulation, resume=False)
     sites = [simulated_site(study, simulation, k, run_dir=folder) for k in range(3)]
     network = LoopbackNetwork(answers_of({site.name: site for site in sites}))
-    return run(study, network, record, Watcher())
+    credentials = coordinator_credentials(folder, study.site_names)
+    return run(study, network, record, Watcher(), credentials)
 
 
 def examples_in(folder: Path) -> dict[str, Arrays]:
@@ -349,6 +351,12 @@ def without_test(source: Any) -> Any:
     return type(source)(source.data_name, source.num_units, source.budget, lambda: rest)
 
 
+def training_task(number: int, model: NDArray[np.float32]) -> RoundTask:
+    """What training reads of a task is its numbers and the model."""
+    digest = digest_of_model(model)
+    return RoundTask("", number, number, Purpose.TRAIN, (), digest, (), (), b"", model)
+
+
 Baseline = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -405,8 +413,7 @@ def test_a_baseline_trains_where_it_is_told_and_is_tested_on_every_sites_images(
     assert figures["test"]["num_examples"] == sum(len(each.load().test) for each in sources)
     by_hand = first
     for number in (1, 2):
-        task = RoundTask("run", number, number, Purpose.TRAIN, (), by_hand)
-        by_hand = by_hand + local_update(task, alone).values
+        by_hand = by_hand + local_update(training_task(number, by_hand), alone).values
     assert np.allclose(model, by_hand, atol=1e-5)
     assert np.abs(model - first).max() > 1e-2
     said = ended.stdout.splitlines()

@@ -1,7 +1,7 @@
-"""A whole exchange with one site: invited, trained, scored; and what a site does not take."""
+"""A whole exchange with sites: invited, trained, scored, summed; and what a site does not take."""
 
-import hashlib
 import json
+import stat
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,193 +9,228 @@ from typing import Any
 
 import numpy as np
 import pytest
+from protocol import Cast, R
 
 from client.evaluate import evaluate
-from client.round import answer
+from client.round import answer, local_update
 from client.site import Site, open_site, pick_device
 from client.train import train
 from common import wire
-from common.errors import ConfigError, DataError, RemoteProtocolError
-from common.manifest import Manifest, plan_epoch
+from common.errors import ConfigError, DataError, LocalProtocolError, RemoteProtocolError
+from common.evidence import FILE as EVIDENCE
+from common.manifest import KeyedMember, Manifest, Opening
 from common.messages import (
+    Agreement,
     Greeting,
     Introduction,
-    Invitation,
     Message,
-    Present,
     Purpose,
     Reason,
     Refusal,
     RoundTask,
+    Shares,
+    SiteKeys,
     Upload,
+    Vote,
 )
 from common.models.build import build_network
-from common.quantize import dequantize
-from common.secagg.masking import unmask, unpack
+from common.quantize import only_counts, quantize
 from common.study import Study
+from common.update import LocalUpdate, QuantizedUpdate
 
-NONCE = "0" * 32
 SiteFactory = Callable[..., Site]
 StudyFactory = Callable[..., Study]
 
 
-def invitation(site: Site, **changes: Any) -> Invitation:
-    """What the coordinator of this study sends; ``changes`` are another study's values."""
-    digest = hashlib.sha256(build_network(site.study).vector().tobytes()).hexdigest()
-    manifest = plan_epoch(
-        site.study, site.network.schema, site.task, first_model=digest, epoch=1, nonce=NONCE
+class Wired(Cast):
+    """Every message goes over the wire and back, as Flower would carry it."""
+
+    def ask(self, site: int, message: Message, kind: type[R]) -> R:
+        carried = wire.unpack(wire.pack(message))
+        reply = super().ask(site, carried, kind)
+        returned = wire.unpack(wire.pack(reply))
+        assert isinstance(returned, kind)
+        return returned
+
+
+Enrol = Callable[..., Wired]
+
+
+@pytest.fixture
+def enrol(make_site: SiteFactory, make_study: StudyFactory) -> Enrol:
+    """All members of a study, enrolled; by default three sites of the tiny study."""
+
+    def begin(study: Study | None = None) -> Wired:
+        planned = study or make_study()
+        sites = [make_site(planned, index) for index in range(len(planned.members))]
+        cast = Wired.of(sites)
+        cast.enrol()
+        return cast
+
+    return begin
+
+
+@pytest.fixture
+def cast(enrol: Enrol) -> Wired:
+    return enrol()
+
+
+@pytest.fixture
+def site(cast: Wired) -> Site:
+    member = cast.members[0]
+    assert isinstance(member, Site)
+    return member
+
+
+def refused(rule: str, says: str = "") -> Any:
+    """The rule stands in the message, and the peer is to blame."""
+    return pytest.raises(RemoteProtocolError, match=rf"{says}.*\[{rule}\]$")
+
+
+def same(one: Upload, other: Upload) -> bool:
+    return one.body.tobytes() == other.body.tobytes() and one.header == other.header
+
+
+def unmasked(cast: Wired, sum_number: int = 0, **changes: Any) -> QuantizedUpdate:
+    """The total of one sum over everybody."""
+    uploads = cast.uploads(sum_number, **changes)
+    return cast.total(uploads, cast.shares(uploads))
+
+
+def added(parts: list[QuantizedUpdate]) -> QuantizedUpdate:
+    """The same sum without masks."""
+    return QuantizedUpdate(
+        np.sum([part.values for part in parts], axis=0, dtype=np.int32),
+        np.sum([part.tail for part in parts], axis=0),
     )
-    return Invitation(manifest.model_copy(update=changes).canonical())
 
 
-def join(site: Site) -> Manifest:
-    opened = invitation(site)
-    assert isinstance(answer(opened, site), Present)
-    return Manifest.parse(opened.manifest)
+def is_equal(one: QuantizedUpdate, other: QuantizedUpdate) -> bool:
+    return np.array_equal(one.values, other.values) and np.array_equal(one.tail, other.tail)
 
 
-def task(site: Site, manifest: Manifest, sum_number: int = 0, **changes: Any) -> RoundTask:
-    asked = RoundTask(
-        run=manifest.digest(),
-        sum_number=sum_number,
-        round_number=1,
-        purpose=Purpose.TRAIN,
-        exponents=manifest.exponents,
-        model=build_network(site.study).vector(),
-    )
-    return replace(asked, **changes)
+def test_a_site_takes_part_in_exactly_its_own_study(cast: Wired) -> None:
+    for index, site in enumerate(cast.members):
+        keys = cast.keys[index]
+        assert (keys.run, keys.site) == (cast.manifest.digest(), index)
+        assert keys.certificate == site.party().identity.certificate
+    assert len({keys.public_key for keys in cast.keys.values()}) == 3
 
 
-def ask(message: Message, site: Site) -> Message:
-    """Over the wire and back, as Flower would carry it."""
-    return wire.unpack(wire.pack(answer(wire.unpack(wire.pack(message)), site)))
-
-
-def uploaded(message: Message, site: Site) -> Upload:
-    reply = ask(message, site)
-    assert isinstance(reply, Upload)
-    return reply
-
-
-def test_a_site_takes_part_in_exactly_its_own_study(make_site: SiteFactory) -> None:
-    site = make_site(index=1)
-    manifest = Manifest.parse(invitation(site).manifest)
-    assert ask(invitation(site), site) == Present(run=manifest.digest(), site="site-2")
-    assert ask(invitation(site), site) == Present(run=manifest.digest(), site="site-2")
+def test_an_invitation_that_comes_again_gets_the_same_keys(make_site: SiteFactory) -> None:
+    cast = Wired.of([make_site(index=index) for index in range(3)])
+    invitation = cast.invitation()
+    assert cast.ask(0, invitation, SiteKeys) == cast.ask(0, invitation, SiteKeys)
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])
 def test_a_training_answer_has_the_size_of_the_manifest(
-    bits: int, make_site: SiteFactory, make_study: StudyFactory
+    bits: int, enrol: Enrol, make_study: StudyFactory
 ) -> None:
-    site = make_site(make_study({"aggregation.ring_bits": bits}))
-    manifest = join(site)
-    upload = uploaded(task(site, manifest), site)
-    assert (upload.run, upload.sum_number) == (manifest.digest(), 0)
-    assert upload.body.shape == (manifest.num_params * bits // 8,)
-    assert upload.tail.shape == (manifest.num_tail,)
+    cast = enrol(make_study({"aggregation.ring_bits": bits}))
+    manifest = cast.manifest
+    upload = cast.uploads(sites=[0])[0]
+    assert (upload.run, upload.sum_number) == (cast.run.hex(), 0)
+    assert upload.body.shape == (manifest.num_params * bits // 8 + 8 * manifest.num_tail,)
+    # Besides the body: three shares of three secrets, one of them its own, and commitments.
+    assert [len(sealed) for sealed in upload.sealed] == [0, 32 * 3 + 16, 32 * 3 + 16]
+    assert [len(row) for row in upload.share_commitments] == [16 * 3] * 3
+    assert len(upload.header) < 600
 
 
-def tail_of(upload: Upload, site: Site) -> tuple[int, list[int], dict[str, Any]]:
-    """Weight, clipped entries per tensor, figures."""
-    tail = upload.tail.view(np.int64)
-    num_tensors = len(site.network.schema.names)
-    figures = site.task.figures(tail[1 + num_tensors :])
-    return int(tail[0]), tail[1 : 1 + num_tensors].tolist(), figures
-
-
-def test_the_answer_is_the_trained_update_and_the_score_of_the_incoming_model(
-    make_site: SiteFactory, make_study: StudyFactory
-) -> None:
-    # As large a weight cap as the site's weight: no precision is spent on other sites.
-    site = make_site(make_study({"aggregation.weight_cap": 40}))
-    manifest = join(site)
-    asked = task(site, manifest)
-    upload = uploaded(asked, site)
-    sizes = site.network.schema.sizes
-    mean = dequantize(
-        unmask(unpack(upload.body, bits=32), bits=32),
-        sizes=sizes, exponents=asked.exponents, weight=site.weight, weight_cap=40,
-    )  # fmt: skip
-    wanted = train(
-        asked.model, site.data.train, site.study.training,
-        network=site.network, task=site.task, rng=site.rng(0),
+def trained(site: Site, task: RoundTask) -> LocalUpdate:
+    """What the study says, done by hand."""
+    return train(
+        task.model, site.data.train, site.study.training,
+        network=site.network, task=site.task, rng=site.rng(task.sum_number),
         rate=site.study.training.learning_rate,
-    ).values  # fmt: skip
-    half_step = 2.0 ** asked.exponents[0] / 2 * 40 / site.weight
-    assert np.abs(mean - wanted).max() <= half_step + 1e-7
-    assert wanted.any()
-    counts = evaluate(asked.model, site.data.validation, network=site.network, task=site.task)
-    weight, clipped, figures = tail_of(upload, site)
-    assert (weight, clipped) == (site.data.train.num_patients, [0] * len(sizes))
-    assert figures == site.task.figures(counts)
-    assert figures["num_examples"] == len(site.data.validation)
+    )  # fmt: skip
+
+
+def counted(site: Site, task: RoundTask, split: str) -> Any:
+    return evaluate(task.model, getattr(site.data, split), network=site.network, task=site.task)
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+def test_the_total_is_that_of_the_trained_updates_and_the_scores_of_the_incoming_model(
+    bits: int, enrol: Enrol, make_study: StudyFactory
+) -> None:
+    cast = enrol(make_study({"aggregation.ring_bits": bits}))
+    task = cast.task(0)
+    wanted = added(
+        [
+            quantize(
+                trained(site, task), counted(site, task, "validation"),
+                sizes=site.network.schema.sizes, exponents=task.exponents, weight=site.weight,
+                weight_cap=cast.manifest.weight_cap, ring=cast.manifest.ring,
+            )
+            for site in cast.members
+        ]
+    )  # fmt: skip
+    assert wanted.values.any()
+    assert is_equal(unmasked(cast), wanted)
+    sites = [site.data for site in cast.members]
+    assert wanted.tail[0] == sum(data.train.num_patients for data in sites)
 
 
 @pytest.mark.parametrize(
     ("purpose", "split"), [(Purpose.VALIDATE, "validation"), (Purpose.TEST, "test")]
 )
 def test_a_score_touches_one_split_and_sends_no_weights(
-    purpose: Purpose, split: str, make_site: SiteFactory
+    purpose: Purpose, split: str, cast: Wired
 ) -> None:
-    site = make_site()
-    manifest = join(site)
-    asked = task(site, manifest, purpose=purpose, model=build_network(site.study).vector() + 0.1)
-    upload = uploaded(asked, site)
-    images = getattr(site.data, split)
-    counts = evaluate(asked.model, images, network=site.network, task=site.task)
-    weight, clipped, figures = tail_of(upload, site)
-    assert upload.body.shape == (0,)
-    assert upload.tail.shape == (manifest.num_tail,)
-    assert (weight, set(clipped)) == (site.weight, {0})
-    assert figures == site.task.figures(counts)
-    assert figures["num_examples"] == len(images) > 0
+    task = cast.task(0, purpose=purpose, model=cast.model + np.float32(0.1))
+    parts = [
+        only_counts(counted(site, task, split), site.weight, len(task.exponents))
+        for site in cast.members
+    ]
+    total = unmasked(cast, purpose=purpose, model=task.model)
+    assert total.values.shape == (0,)
+    assert total.tail.tolist() == added(parts).tail.tolist()
+    figures = cast.members[0].task.figures(total.tail[1 + len(task.exponents) :])
+    assert figures["num_examples"] == sum(len(getattr(s.data, split)) for s in cast.members) > 0
 
 
-def test_clipped_entries_are_counted_in_the_tail_by_tensor(make_site: SiteFactory) -> None:
-    site = make_site()
-    manifest = join(site)
-    num_tensors = len(manifest.exponents)
-    exponents = (-120, *manifest.exponents[1:])
-    _, clipped, _ = tail_of(uploaded(task(site, manifest, exponents=exponents), site), site)
-    assert 0 < clipped[0] <= site.network.schema.sizes[0]
-    assert clipped[1:] == [0] * (num_tensors - 1)
+def test_clipped_entries_are_counted_in_the_tail_by_tensor(cast: Wired) -> None:
+    exponents = (-120, *cast.manifest.exponents[1:])
+    clipped = unmasked(cast, exponents=exponents).tail[1 : 1 + len(exponents)].tolist()
+    assert 0 < clipped[0] <= 3 * cast.members[0].network.schema.sizes[0]
+    assert clipped[1:] == [0] * (len(exponents) - 1)
 
 
-def test_a_whole_run_is_answered_and_each_answer_can_be_had_again(make_site: SiteFactory) -> None:
-    site = make_site()
-    manifest = join(site)
+def test_a_whole_run_is_answered_and_each_answer_can_be_had_again(cast: Wired, site: Site) -> None:
     purposes = [Purpose.TRAIN, Purpose.TRAIN, Purpose.VALIDATE, Purpose.TEST]
-    for sum_number, purpose in enumerate(purposes):
-        asked = task(site, manifest, sum_number, purpose=purpose)
-        first, again = uploaded(asked, site), uploaded(asked, site)
-        assert first.body.tobytes() == again.body.tobytes()
-        assert first.tail.tobytes() == again.tail.tobytes()
-    with pytest.raises(RemoteProtocolError, match="sums after 3"):
-        answer(task(site, manifest, 2), site)
+    for number, purpose in enumerate(purposes):
+        model = cast.model + np.float32(number)
+        first, again = (cast.uploads(number, purpose=purpose, model=model) for _ in range(2))
+        assert all(same(first[k], again[k]) for k in cast.sites)
+        assert cast.shares(first) == cast.shares(again)
+    with refused("R4", "sum 3 was answered since"):
+        answer(cast.task(0, 2), site)
 
 
-def test_a_restarted_site_gives_the_same_bytes_and_goes_on(make_site: SiteFactory) -> None:
-    site = make_site()
-    manifest = join(site)
-    first = uploaded(task(site, manifest), site)
+def test_a_restarted_site_gives_the_same_bytes_and_goes_on(
+    cast: Wired, site: Site, make_site: SiteFactory
+) -> None:
+    uploads = cast.uploads()
     site.journal.close()
-    restarted = make_site()
-    again = uploaded(task(restarted, manifest), restarted)
-    assert again.body.tobytes() == first.body.tobytes()
-    second = uploaded(task(restarted, manifest, 1), restarted)
-    assert second.body.tobytes() != first.body.tobytes()  # another sum draws other batches
+    cast.members[0] = make_site()
+    assert same(cast.uploads()[0], uploads[0])
+    before = cast.total(uploads, cast.shares(uploads))
+    after = unmasked(cast, 1, model=cast.model + np.float32(1e-6))
+    assert not np.array_equal(before.values, after.values)  # another sum draws other batches
 
 
-def test_two_sites_send_different_updates(make_site: SiteFactory) -> None:
-    sites = [make_site(index=index) for index in range(2)]
-    one, other = (uploaded(task(site, join(site)), site) for site in sites)
-    assert one.body.tobytes() != other.body.tobytes()
+def test_two_sites_learn_different_things(cast: Wired) -> None:
+    one, other, _ = (local_update(cast.task(0), site).values for site in cast.members)
+    assert not np.array_equal(one, other)
 
+
+# What a site is proposed
 
 FOREIGN = {
     "study": "f" * 64,
-    "members": ("site-1", "site-2", "mallory"),
+    "threshold": 2,
     "num_sums": 10_000,
     "num_params": 7,
     "num_tail": 3,
@@ -204,33 +239,71 @@ FOREIGN = {
     "exponents": (-3,),
     "ring_bits": 16,
     "weight_cap": 3,
-    "code": "9.9.9",
+    "code": "f" * 64,
 }
 
 
+@pytest.fixture
+def uninvited(make_site: SiteFactory) -> Wired:
+    return Wired.of([make_site(index=index) for index in range(3)])
+
+
 @pytest.mark.parametrize("key", FOREIGN)
-def test_a_manifest_of_another_study_is_refused_naming_the_key(
-    key: str, make_site: SiteFactory
-) -> None:
-    site = make_site()
-    with pytest.raises(RemoteProtocolError, match=f"not this study's: {key} is ") as refused:
-        answer(invitation(site, **{key: FOREIGN[key]}), site)
-    assert str(refused.value).count(", expected ") == 1
-    with pytest.raises(RemoteProtocolError, match="before an invitation"):
-        answer(task(site, Manifest.parse(invitation(site).manifest)), site)
+def test_a_manifest_of_another_study_is_refused_naming_the_key(key: str, uninvited: Wired) -> None:
+    site = uninvited.members[0]
+    with refused("R2", f"not this study's: {key} is ") as stopped:
+        answer(uninvited.invitation(**{key: FOREIGN[key]}), site)
+    assert str(stopped.value).count(", expected ") == 1
+    with refused("R7", "before an invitation"):
+        answer(Greeting(), site)
 
 
-def test_every_part_of_the_manifest_is_checked_but_epoch_and_nonce() -> None:
-    assert {*FOREIGN, "version", "epoch", "nonce"} == set(Manifest.model_fields)
+def _members(cast: Wired, *chosen: int) -> tuple[KeyedMember, ...]:
+    return tuple(cast.manifest.members[k] for k in chosen)
 
 
-def test_a_refused_manifest_leaves_the_open_session_alone(make_site: SiteFactory) -> None:
-    site = make_site()
-    manifest = join(site)
-    first = uploaded(task(site, manifest), site)
-    with pytest.raises(RemoteProtocolError):
-        answer(invitation(site, weight_cap=3), site)
-    assert uploaded(task(site, manifest), site).body.tobytes() == first.body.tobytes()
+OPENINGS = {
+    "a member that nobody approved": (
+        lambda cast: {"members": (*_members(cast, 0, 1, 2), KeyedMember(name="m", key="f" * 64))},
+        "R2", "m is proposed as a member, and it was not approved",
+    ),
+    "a member's key is another one": (
+        lambda cast: {"members": (*_members(cast, 0, 1), KeyedMember(name="site-3", key="f" * 64))},
+        "R2", "site-3 is proposed as a member, and its key is another one",
+    ),
+    "a member twice": (lambda cast: {"members": _members(cast, 0, 1, 1)}, "R2", "proposed twice"),
+    "members in another order": (
+        lambda cast: {"members": _members(cast, 1, 0, 2)}, "R2", "not in the study's order",
+    ),
+    "too few members": (lambda cast: {"members": _members(cast, 0, 1)}, "R2", "2 of 3 members"),
+    "without this site": (
+        lambda cast: {"members": _members(cast, 1, 2)}, "R2", "site-1 is not among",
+    ),
+    "another coordinator": (lambda _: {"coordinator": "f" * 64}, "R3", "not the one approved"),
+    "from tomorrow on": (lambda cast: {"valid_from": cast.manifest.valid_until}, "R2", "is valid"),
+    "until yesterday": (lambda cast: {"valid_until": cast.manifest.valid_from}, "R2", "is valid"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("title", OPENINGS)
+def test_what_a_coordinator_chooses_is_checked_too(title: str, uninvited: Wired) -> None:
+    changes, rule, sentence = OPENINGS[title]
+    with refused(rule, sentence):
+        answer(uninvited.invitation(**changes(uninvited)), uninvited.members[0])
+
+
+def test_every_part_of_the_manifest_is_checked_but_the_names_of_run_and_epoch() -> None:
+    assert {*FOREIGN, "version", *Opening.model_fields} == set(Manifest.model_fields)
+    checked = {"members", "coordinator", "valid_from", "valid_until"}
+    assert set(Opening.model_fields) - checked == {"run", "epoch", "nonce"}
+
+
+def test_a_refused_manifest_leaves_the_open_session_alone(cast: Wired, site: Site) -> None:
+    uploads = cast.uploads()
+    with refused("R2"):
+        answer(cast.invitation(weight_cap=3, nonce="f" * 32), site)
+    assert same(cast.uploads()[0], uploads[0])
+    assert cast.shares(uploads)
 
 
 def spoilt_manifests(good: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -245,40 +318,86 @@ def spoilt_manifests(good: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "epoch 0", json.dumps({**good, "epoch": 0}), "epoch"
     yield "a ring of 8 bits", json.dumps({**good, "ring_bits": 8}), "ring_bits"
     yield "text for a number", json.dumps({**good, "num_sums": "9"}), "num_sums"
+    yield "members without keys", json.dumps({**good, "members": ["site-1"]}), "members"
+    yield "no run", json.dumps({**good, "run": ""}), "run"
 
 
-@pytest.mark.parametrize("number", range(10))
-def test_what_is_no_manifest_is_refused(number: int, make_site: SiteFactory) -> None:
-    site = make_site()
-    _, text, key = list(spoilt_manifests(json.loads(invitation(site).manifest)))[number]
+@pytest.mark.parametrize("number", range(12))
+def test_what_is_no_manifest_is_refused(number: int, uninvited: Wired) -> None:
+    good = uninvited.invitation()
+    _, text, key = list(spoilt_manifests(json.loads(good.manifest)))[number]
+    spoilt = uninvited.sign(replace(good, manifest=text))
     with pytest.raises(RemoteProtocolError, match=f"not a manifest of this version: .*{key}"):
-        answer(Invitation(text), site)
+        answer(spoilt, uninvited.members[0])
 
+
+# What else a site does not take
 
 NOT_FOR_A_SITE: list[Message] = [
     Greeting(),
     Introduction(index=1),
-    Present(run="a" * 64, site="site-2"),
-    Upload(run="a" * 64, sum_number=0, body=np.zeros(0, np.uint8), tail=np.zeros(0, np.uint64)),
+    SiteKeys("a" * 64, 0, b"", b"", b"", b""),
+    Agreement("a" * 64, 0, (), ()),
+    Upload("a" * 64, 0, b"", (), (), np.zeros(0, np.uint8)),
+    Vote("a" * 64, 0, 0, b""),
+    Shares("a" * 64, 0, 0, b"", (), ()),
     Refusal(run="", reason=Reason.BUSY),
 ]
 
 
 @pytest.mark.parametrize("message", NOT_FOR_A_SITE, ids=lambda message: type(message).__name__)
 def test_a_kind_of_message_that_a_site_does_not_take_is_refused(
-    message: Message, make_site: SiteFactory
+    message: Message, site: Site
 ) -> None:
-    with pytest.raises(RemoteProtocolError, match=f"a site does not take {type(message).__name__}"):
-        answer(message, make_site())
+    with refused("R7", f"a site does not take {type(message).__name__}"):
+        answer(message, site)
 
 
-def test_a_model_that_is_not_finite_is_never_trained_into_an_upload(make_site: SiteFactory) -> None:
-    site = make_site()
-    manifest = join(site)
-    broken = build_network(site.study).vector() * np.float32(np.nan)
-    with pytest.raises(DataError, match="not finite"):
-        answer(task(site, manifest, model=broken), site)
-    assert uploaded(task(site, manifest), site).body.size  # the number was not spent
+@pytest.mark.parametrize(
+    ("purpose", "round_number"),
+    [(Purpose.TRAIN, 0), (Purpose.TRAIN, 3), (Purpose.TEST, 3), (Purpose.VALIDATE, 4)],
+)
+def test_a_round_that_the_study_does_not_have_is_refused(
+    purpose: Purpose, round_number: int, cast: Wired, site: Site
+) -> None:
+    task = cast.task(0, purpose=purpose, round_number=round_number)
+    with refused("R4", f"round {round_number} is not one of the study's"):
+        answer(task, site)
+
+
+def test_a_refused_message_is_kept_as_evidence_for_this_user_alone(cast: Wired, site: Site) -> None:
+    task = cast.task(0, 99)
+    with refused("R4"):
+        answer(task, site)
+    path = site.state_dir / EVIDENCE
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (line,) = map(json.loads, path.read_text().splitlines())
+    assert line["rule"] == "R4"
+    assert "sum 99" in line["reason"]
+    assert line["message"]["kind"] == "RoundTask"
+    assert line["message"]["signature"] == task.signature.hex()
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_model_that_is_not_finite_is_refused(wrong: float, cast: Wired, site: Site) -> None:
+    model = cast.model.copy()
+    model[-1] = wrong
+    with refused("R4", "the model holds NaN or infinity"):
+        answer(cast.task(0, model=model), site)
+
+
+def test_an_update_that_is_not_finite_is_never_uploaded(cast: Wired, site: Site) -> None:
+    with pytest.raises(DataError, match="training diverged"):
+        answer(cast.task(0, model=np.full_like(cast.model, 3e38)), site)
+    assert site.journal.sum() is None
+    assert unmasked(cast).values.any()  # the number was not spent
+
+
+def test_a_site_without_a_certificate_sends_nothing(cast: Wired, site: Site) -> None:
+    alone = replace(site, credentials=None)
+    for message in (cast.renewed().invitation(), cast.task(0)):
+        with pytest.raises(LocalProtocolError, match="site-1 trains alone"):
+            answer(message, alone)
 
 
 def test_a_site_that_is_no_member_cannot_be_opened(make_site: SiteFactory, tmp_path: Path) -> None:
@@ -310,3 +429,9 @@ def test_the_stream_of_a_sum_depends_on_seed_site_and_number(
     seeds = {site.rng(number).initial_seed() for site in sites for number in (0, 1)}
     assert len(seeds) == 6
     assert make_site().rng(1).initial_seed() == sites[0].rng(1).initial_seed()
+
+
+def test_the_first_model_is_the_one_that_the_study_gives(uninvited: Wired) -> None:
+    networks = [build_network(site.study).vector() for site in uninvited.members]
+    assert all(np.array_equal(vector, uninvited.model) for vector in networks)
+    assert {site.first_model for site in uninvited.members} == {uninvited.manifest.first_model}

@@ -46,8 +46,18 @@ def test_a_class_has_the_exit_code_of_the_table(error: type[FederationError]) ->
 
 @pytest.mark.parametrize("error", [FederationError, *tree()], ids=lambda error: error.__name__)
 def test_a_class_says_what_happened_and_who_acts(error: type[FederationError]) -> None:
-    for sentence in (vars(error)["__doc__"], vars(error)["who_acts"]):
-        assert re.fullmatch(r"[A-Z][^\n]+\.", sentence.strip())
+    summary, *_ = vars(error)["__doc__"].splitlines()
+    for sentence in (summary, vars(error)["who_acts"]):
+        assert re.fullmatch(r"[A-Z][^\n]+\.", sentence)
+
+
+@every_error
+def test_a_broken_rule_is_known_to_programs_and_shown_to_people(
+    error: type[FederationError],
+) -> None:
+    assert error("sum 3 came twice", rule="R5").rule == "R5"
+    assert str(error("sum 3 came twice", rule="R5")) == "sum 3 came twice [R5]"
+    assert (error("too late").rule, str(error("too late"))) == ("", "too late")
 
 
 def test_every_kind_has_a_sentence_of_its_own() -> None:

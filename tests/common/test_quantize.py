@@ -12,6 +12,7 @@ from common.errors import DataError
 from common.quantize import (
     EXPONENT_RANGE,
     MARGIN,
+    WIDEST,
     Ring,
     dequantize,
     first_exponents,
@@ -19,7 +20,17 @@ from common.quantize import (
     only_counts,
     quantize,
 )
-from common.secagg.masking import add, mask, pack, unmask, unpack
+from common.secagg.masking import (
+    Mask,
+    add_masks,
+    add_packed,
+    add_tail_masks,
+    mask,
+    pack,
+    signed,
+    split_body,
+    unpack,
+)
 from common.update import LocalUpdate, QuantizedUpdate
 
 BITS = (16, 24, 32)
@@ -49,12 +60,15 @@ def quantized(
 
 
 def summed(updates: list[QuantizedUpdate], bits: int) -> NDArray[np.int32]:
-    """The way of an update: masked, packed, sent, unpacked, added up, unmasked."""
+    """The way of an update: masked, packed, sent, added up; the masks go from the sum alone."""
     total = np.zeros(updates[0].values.shape, np.uint32)
-    for update in updates:
-        sent = pack(mask(update, bits=bits).values, bits=bits)
-        add(total, unpack(sent, bits=bits))
-    return unmask(total, bits=bits)
+    keys = [number.to_bytes(32, "big") for number in range(len(updates))]
+    for update, key in zip(updates, keys, strict=True):
+        body = mask(update, [Mask(key, is_added=True)], bits=bits).body
+        packed, _ = split_body(body, total.size, bits=bits)
+        add_packed(total, packed, bits=bits)
+    add_masks(total, [Mask(key, is_added=False) for key in keys])
+    return signed(total, bits=bits)
 
 
 @st.composite
@@ -180,25 +194,37 @@ def test_the_sum_of_extreme_values_is_exact(bits: int, num_members: int) -> None
 @given(st.sampled_from(BITS), st.lists(st.integers(-(2**31), 2**31 - 1), max_size=40))
 def test_packing_keeps_the_low_bits_and_nothing_else(bits: int, numbers: list[int]) -> None:
     residues = np.array([number % 2**32 for number in numbers], np.uint32)
-    packed = pack(residues, bits=bits)
-    assert (packed.dtype, packed.size) == (np.uint8, len(numbers) * bits // 8)
+    packed = np.zeros(len(numbers) * bits // 8, np.uint8)
+    pack(residues, out=packed)
     assert unpack(packed, bits=bits).tolist() == [number % 2**bits for number in numbers]
 
 
 @bits_of
 def test_bytes_travel_least_significant_first(bits: int) -> None:
-    packed = pack(np.array([0x04030201], np.uint32), bits=bits)
+    packed = np.zeros(bits // 8, np.uint8)
+    pack(np.array([0x04030201], np.uint32), out=packed)
     assert packed.tolist() == [1, 2, 3, 4][: bits // 8]
 
 
 @bits_of
-def test_masking_leaves_residues_below_the_modulus(bits: int, rng: np.random.Generator) -> None:
+def test_a_masked_update_says_nothing_until_its_mask_is_taken_off(
+    bits: int, rng: np.random.Generator
+) -> None:
     edge = Ring(bits, 3).max_magnitude
-    values = rng.integers(-edge, edge + 1, 100, dtype=np.int32)
-    masked = mask(QuantizedUpdate(values, np.array([-1, 5], np.int64)), bits=bits)
-    assert int(masked.values.max()) < 2**bits
-    assert np.array_equal(unmask(masked.values, bits=bits), values)
-    assert masked.tail.tolist() == [2**64 - 1, 5]
+    values = rng.integers(-edge, edge + 1, 101, dtype=np.int32)
+    update = QuantizedUpdate(values, np.array([-1, 5], np.int64))
+    key = rng.bytes(32)
+    body = mask(update, [Mask(key, is_added=True)], bits=bits).body
+    assert body.size == 101 * bits // 8 + 2 * 8
+    packed, tail = split_body(body, 101, bits=bits)
+    residues = unpack(packed, bits=bits).copy()
+    assert np.mean(signed(residues.copy(), bits=bits) == values) < 0.05
+    off = [Mask(key, is_added=False)]
+    add_masks(residues, off)
+    assert np.array_equal(signed(residues, bits=bits), values)
+    assert set(tail.tolist()).isdisjoint({2**64 - 1, 5})
+    add_tail_masks(tail, off, 101)
+    assert tail.tolist() == [2**64 - 1, 5]
 
 
 @settings(max_examples=100)
@@ -235,10 +261,11 @@ def following(totals: list[int], clipped: list[int], exponents: tuple[int, ...])
     )
 
 
-def test_a_clipped_tensor_gets_four_times_more_room_and_the_others_none() -> None:
+def test_a_clipped_tensor_gets_four_times_more_room_and_a_small_one_stays_near_it() -> None:
     clipped, free = following([0, 7, 40, -80], [3, 0], (-9, -9))
     assert clipped == -7
-    assert free == first_exponents(1, MARGIN * 80 * 2.0**-9 / 4, Ring(32, 4))[0]
+    assert free == clipped - WIDEST
+    assert first_exponents(1, MARGIN * 80 * 2.0**-9 / 4, Ring(32, 4))[0] < free
 
 
 def test_clipping_cannot_push_a_step_out_of_range() -> None:

@@ -15,43 +15,92 @@ from common import messages, wire
 from common.errors import FederationError, RemoteProtocolError
 from common.messages import (
     KINDS,
+    Agreement,
+    Encapsulated,
     Greeting,
     Introduction,
     Invitation,
     Message,
-    Present,
     Purpose,
     Reason,
     Refusal,
+    Roster,
     RoundTask,
+    Shares,
+    SiteKeys,
+    Survivors,
+    Unmask,
     Upload,
+    Vote,
 )
 
 RUN = "5" * 64
+SIGNATURE = bytes(range(70))
 TASK = RoundTask(
     run=RUN,
     sum_number=4,
     round_number=3,
     purpose=Purpose.TRAIN,
     exponents=(-20, 0, 7),
+    model_digest="7" * 64,
+    ciphertexts=(b"\x00" * 1088, b"\xff" * 1088),
+    ciphertext_signatures=(SIGNATURE, b""),
+    revoked=b"\x30\x00",
     model=np.array([1.5, -0.0, np.nan, np.inf, 1e-45], np.float32),
+    signature=SIGNATURE,
 )
 UPLOAD = Upload(
     run=RUN,
     sum_number=4,
+    header=b"header\x00",
+    sealed=(b"", b"\x01" * 112, b"\x02" * 112),
+    share_commitments=(b"\x03" * 48,) * 3,
     body=np.arange(256, dtype=np.uint8),
-    tail=np.array([0, 1, 2**64 - 1], np.uint64),
+    statement='{"site":"troms\u00f8"}',
 )
+KEYS = SiteKeys(RUN, 2, b"\x04" * 32, b"\x05" * 1184, b"\x06" * 16, b"\x30\x82", SIGNATURE)
+ROSTER = Roster(
+    run=RUN,
+    public_keys=(b"\x04" * 32, b"\x07" * 32),
+    kem_keys=(b"\x05" * 1184,) * 2,
+    nonces=(b"\x06" * 16,) * 2,
+    certificates=(b"\x30\x82", b"\x30\x83"),
+    signatures=(SIGNATURE, b""),
+    revoked=b"\x30",
+    signature=SIGNATURE,
+)
+UNMASK = Unmask(
+    run=RUN,
+    sum_number=4,
+    survivors=(0, 2),
+    headers=(b"one", b"two"),
+    voters=(0, 2),
+    votes=(SIGNATURE, b"\x00"),
+    sealed=(b"", b"\x01" * 112),
+    share_commitments=(b"\x03" * 48,) * 2,
+    row_digests=(b"\x08" * 96,) * 2,
+    signature=SIGNATURE,
+)
+SHARES = Shares(RUN, 4, 1, b"\x09" * 32, (b"\x0a" * 64, b""), (2,), SIGNATURE)
 EXAMPLES = [
     Greeting(),
     Introduction(index=0),
     Introduction(index=254),
-    Invitation(manifest='{"epoch":1,"members":["st-olav","tromsø"]}'),
-    Present(run=RUN, site="st-olav"),
+    Invitation('{"epoch":1,"members":["st-olav","tromsø"]}', b"\x30\x82", b"\x30", SIGNATURE),
+    KEYS,
+    ROSTER,
+    Agreement(RUN, 1, (b"\x0b" * 1088,), (SIGNATURE,), SIGNATURE),
+    Agreement(RUN, 2, (), (), SIGNATURE),  # the last site encapsulates to nobody
     *(dataclasses.replace(TASK, purpose=purpose) for purpose in Purpose),
-    dataclasses.replace(TASK, exponents=()),
+    dataclasses.replace(TASK, exponents=(), ciphertexts=(), ciphertext_signatures=()),
     UPLOAD,
-    dataclasses.replace(UPLOAD, body=np.zeros(0, np.uint8)),
+    dataclasses.replace(UPLOAD, body=np.zeros(0, np.uint8), statement=""),
+    Survivors(RUN, 4, (0, 2), (b"one", b"two"), SIGNATURE),
+    Vote(RUN, 4, 2, b"\x09" * 32, SIGNATURE),
+    UNMASK,
+    dataclasses.replace(UNMASK, voters=(), votes=()),
+    SHARES,
+    dataclasses.replace(SHARES, complaints=()),
     *(Refusal(run="", reason=reason) for reason in Reason),
 ]
 
@@ -79,7 +128,8 @@ def test_the_examples_hold_every_kind_of_message() -> None:
         for name, kind in vars(messages).items()
         if dataclasses.is_dataclass(kind) and kind.__module__ == messages.__name__
     }
-    assert {type(message).__name__ for message in EXAMPLES} == set(KINDS) == declared
+    assert {type(message).__name__ for message in EXAMPLES} == set(KINDS)
+    assert declared - set(KINDS) == {Encapsulated.__name__}  # travels in pieces, inside others
 
 
 @settings(max_examples=40)
@@ -88,11 +138,19 @@ def test_the_examples_hold_every_kind_of_message() -> None:
     st.lists(st.floats(width=32), max_size=8),
     st.text(max_size=20),
     st.sampled_from(Purpose),
+    st.lists(st.binary(max_size=20), max_size=4),
 )
 def test_any_task_arrives_as_it_was_sent(
-    exponents: list[int], model: list[float], run: str, purpose: Purpose
+    exponents: list[int], model: list[float], run: str, purpose: Purpose, ciphertexts: list[bytes]
 ) -> None:
-    task = RoundTask(run, 1, 2, purpose, tuple(exponents), np.array(model, np.float32))
+    task = dataclasses.replace(
+        TASK,
+        run=run,
+        purpose=purpose,
+        exponents=tuple(exponents),
+        ciphertexts=tuple(ciphertexts),
+        model=np.array(model, np.float32),
+    )
     assert parts(wire.unpack(wire.pack(task))) == parts(task)
 
 
@@ -110,7 +168,7 @@ def test_what_arrived_cannot_be_written_to() -> None:
     arrived = wire.unpack(wire.pack(UPLOAD))
     assert isinstance(arrived, Upload)
     with pytest.raises(ValueError, match="read-only"):
-        arrived.tail[0] = 1
+        arrived.body[0] = 1
 
 
 def raw(values: object, *, dtype: str = "float32", shape: Any = None, stype: str = "raw") -> Array:
@@ -187,6 +245,14 @@ MALFORMED: dict[str, Callable[[], RecordDict]] = {
     "exponents as text": lambda: records(exponents=["-3"]),
     "exponents as fractions": lambda: records(exponents=[-3.0]),
     "exponents as truth values": lambda: records(exponents=[True]),
+    "a ciphertext in the place of a list": lambda: records(ciphertexts=b"1234"),
+    "ciphertexts as text": lambda: records(ciphertexts=["1234"]),
+    "ciphertexts as numbers": lambda: records(ciphertexts=[1234]),
+    "a signature as text": lambda: records(signature="1234"),
+    "no signature": lambda: records(signature=None),
+    "a signature beyond the limit": lambda: records(signature=bytes(wire.MAX_TEXT + 1)),
+    "a ciphertext beyond the limit": lambda: records(ciphertexts=[bytes(wire.MAX_TEXT + 1)]),
+    "too many ciphertexts": lambda: records(ciphertexts=[b""] * (wire.MAX_LIST + 1)),
     "too many exponents": lambda: records(exponents=[0] * (wire.MAX_LIST + 1)),
     "a model of float64": lambda: records(model=raw([1.0], dtype="float64")),
     "a model of integers": lambda: records(model=raw([1], dtype="int32")),
@@ -241,6 +307,7 @@ LISTS = st.one_of(
     st.lists(st.text(max_size=4), max_size=4),
     st.lists(st.booleans(), max_size=4),
     st.lists(st.floats(), max_size=4),
+    st.lists(st.binary(max_size=8), max_size=4),
 )
 ARRAYS = st.builds(
     Array,
@@ -291,7 +358,7 @@ def check_message_or_refusal(sent: RecordDict) -> None:
     assert type(message) in KINDS.values()
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
-        assert isinstance(value, str | int | tuple | np.ndarray)
+        assert isinstance(value, str | bytes | int | tuple | np.ndarray)
         assert not isinstance(value, bool)
         if isinstance(value, np.ndarray):
             assert value.ndim == 1

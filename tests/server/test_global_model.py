@@ -163,7 +163,7 @@ def test_averaging_changes_no_model_and_no_moment_of_the_rule(name: str) -> None
 
 
 def at_round(number: int, study: Study, optimizer: dict[str, Any], *validation: Any) -> State:
-    return State(number, number, MODEL, optimizer, (), tuple(validation))
+    return State(number, number, MODEL, optimizer, (), 3, tuple(validation))
 
 
 def test_a_study_returns_the_average_only_if_it_asks_for_one(

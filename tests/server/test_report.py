@@ -14,22 +14,42 @@ from client.config import PhantomData
 from client.prepare import prepare
 from common.config import validate
 from common.errors import ConfigError, FederationError
-from common.manifest import plan_epoch
+from common.manifest import KeyedMember, Opening, plan_epoch
+from common.messages import (
+    Agreement,
+    Invitation,
+    Message,
+    Purpose,
+    Reason,
+    Refusal,
+    Roster,
+    RoundTask,
+    Shares,
+    SiteKeys,
+    Survivors,
+    Unmask,
+    Upload,
+    Vote,
+)
 from common.models.build import build_network
 from common.phantom import draw_patient, scanner_of_site
 from common.simulation import Simulation
 from common.study import Input, Study
 from common.tasks import task_of
 from server import report_cli
+from server.epoch import Epoch
+from server.network import LoopbackNetwork
 from server.report import digests_of, verify, write_report
 from server.reporting.classes import figures_by_class
 from server.reporting.facts import privacy_lines
 from server.reporting.phantoms import PHANTOM_SEED, prepare_phantoms
 from server.run_dir import RunDir
 from server.state import State
+from server.transcript import ObservedNetwork
 
-SITES = ("north", "south", "west")
-PHANTOMS = Simulation(num_sites=3, data={"name": "phantoms", "format": "phantom"})
+SITES = ("east", "north", "south", "west")
+MOST = SITES[:3]  # without west
+PHANTOMS = Simulation(num_sites=4, data={"name": "phantoms", "format": "phantom"})
 KINDS = {
     "binary": ("no lesion", "lesion"),
     "multiclass": ("a", "b", "c", "d", "e"),
@@ -97,37 +117,92 @@ def draw_counts(study: Study, num_images: int, seed: int, *, only_class: int | N
     return task_of(study).counts(outputs, targets)
 
 
+def opened(study: Study) -> Epoch:
+    """An epoch of everybody, whose keys are not looked at."""
+    keyed = [KeyedMember(name=site, key=f"{k:064x}") for k, site in enumerate(SITES)]
+    opening = Opening(
+        run="0" * 32, epoch=1, members=tuple(keyed), coordinator="f" * 64,
+        valid_from=0, valid_until=1, nonce="1" * 32,
+    )  # fmt: skip
+    schema, task = build_network(study).schema, task_of(study)
+    manifest = plan_epoch(study, schema, task, opening, first_model="0" * 64)
+    keys = tuple(bytes([k]) * 32 for k in range(len(SITES)))
+    roster = Roster(manifest.digest(), keys, keys, keys, keys, keys, b"")
+    return Epoch(manifest, roster, tuple(Agreement("", k, (), ()) for k in range(len(SITES))))
+
+
+def speak(folder: Path, survivors_by_sum: list[tuple[str, ...]], masked) -> None:
+    """The messages of such a run pass the coordinator, as far as a report looks at them."""
+
+    def exchange(message: Message, replies: dict[str, Message]) -> None:
+        answers = {site: lambda _, reply=reply: reply for site, reply in replies.items()}
+        network = ObservedNetwork(LoopbackNetwork(answers), folder)
+        assert len(list(network.ask(dict.fromkeys(replies, message)))) == len(replies)
+
+    keys = SiteKeys("", 0, bytes(32), bytes(1184), bytes(16), bytes(600), bytes(70))
+    exchange(Invitation("", b"", b""), dict.fromkeys(SITES, keys))
+    exchange(Roster("", *[()] * 5, b""), dict.fromkeys(SITES, Agreement("", 0, (), ())))
+    model = np.zeros(4, np.float32)
+    for number, survivors in enumerate(survivors_by_sum):
+        task = RoundTask("", number, 1, Purpose.TRAIN, (), "", (), (), b"", model)
+        uploads = {
+            site: Upload("", number, b"", (), (), masked())
+            if site in survivors
+            else Refusal("", Reason.BUSY)
+            for site in SITES
+        }
+        exchange(task, uploads)
+        if survivors != SITES:
+            view = Survivors("", number, (), ())
+            exchange(view, dict.fromkeys(survivors, Vote("", number, 0, b"")))
+        request = Unmask("", number, *[()] * 7)
+        exchange(request, dict.fromkeys(survivors, Shares("", number, 0, b"", (), ())))
+
+
+def random_bodies():
+    rng = np.random.default_rng(8)
+    return lambda: np.frombuffer(rng.bytes(4096), np.uint8)
+
+
 def make_run(
-    path: Path, study: Study, simulation: Simulation | None = PHANTOMS, *, test_sites=SITES, **drawn
+    path: Path,
+    study: Study,
+    simulation: Simulation | None = PHANTOMS,
+    *,
+    test_sites=SITES,
+    masked=None,
+    **drawn,
 ) -> Made:
     """A run of two rounds in which ``west`` missed the second, with drawn counts."""
     run_dir = RunDir.open(path, study, simulation, resume=False)
     network, task = build_network(study), task_of(study)
     model = network.vector()
-    run_dir.save_epoch(
-        plan_epoch(study, network.schema, task, first_model="0" * 64, epoch=1, nonce="0" * 32)
-    )
+    run_dir.save_epoch(opened(study))
+    speak(path, [SITES, MOST, SITES, test_sites], masked or random_bodies())
     counts = [draw_counts(study, 90, seed) for seed in range(3)]
     validation = [json.loads(json.dumps(task.figures(known))) for known in counts]
-    survivors = [list(SITES), list(SITES[:2])]
+    survivors = [list(SITES), list(MOST)]
+    agreed = {"convicted": {}, "disputes": []}
     for number in (1, 2):
         line = {
             "round": number,
             "sum": number - 1,
+            "purpose": "train",
             "survivors": survivors[number - 1],
-            "refusals": {},
+            "refusals": {} if number == 1 else {"west": "busy"},
+            **agreed,
             "incoming_validation": validation[number - 1],
             "bytes_up": dict.fromkeys(survivors[number - 1], 40_000),
             "clipped": 0,
-            "seconds": {"sites": 1.5, "sum": 0.01, "total": 1.75},
+            "seconds": {"sites": 1.5, "sum": 0.01, "unmask": 0.02, "total": 1.75},
         }
         trained = model + np.float32(0.01 * number)
-        state = State(number, number, trained, {}, (0,), tuple(validation[:number]))
+        state = State(number, number, trained, {}, (0,), 3, tuple(validation[:number]))
         run_dir.save(state, network.schema, line)
     for number, known in enumerate(counts):
         run_dir.save_counts(f"validation-{number:04d}", known)
     test = draw_counts(study, drawn.pop("num_images", 200), 7, **drawn)
-    scored = {"bytes_up": dict.fromkeys(SITES, 8000), "seconds": {"total": 0.25}}
+    scored = {"bytes_up": dict.fromkeys(SITES, 8000), "seconds": {"total": 0.25}, **agreed}
     run_dir.save_evaluation("validation-0002", counts[2], {"survivors": list(SITES), **scored})
     run_dir.save_evaluation("test", test, {"survivors": list(test_sites), **scored})
     summary = {
@@ -139,7 +214,7 @@ def make_run(
         "metrics": {"by_round": validation[1:], "final": task.figures(test)},
         "privacy": {},
         "wall_s": {"total": 4.0, "per_round": [1.75, 1.75]},
-        "bytes_up_per_site": {"north": 96_000, "south": 96_000, "west": 56_000},
+        "bytes_up_per_site": {**dict.fromkeys(MOST, 96_000), "west": 56_000},
         "num_params": network.schema.num_params,
         "final_model_sha256": run_dir.save_final(trained, network.schema, network.kept()),
     }
@@ -173,7 +248,7 @@ def test_every_final_figure_is_shown_with_four_decimals(finished):
 def test_the_privacy_statement_comes_before_any_figure(finished):
     text = finished.text
     assert text.index("No differential privacy:") < text.index("What was studied")
-    assert text.index("Masks are the identity") < text.index("What was studied")
+    assert text.index("left its site under masks") < text.index("What was studied")
     assert text.index("Simulated:") < text.index("What was studied")
 
 
@@ -185,14 +260,14 @@ def test_a_summary_with_epsilons_contradicts_a_study_without_privacy(finished):
 def test_a_deployed_run_is_not_called_simulated(tmp_path):
     made = make_run(tmp_path / "run", study_of(), simulation=None)
     text = made.text
-    assert "Deployed: 3 sites took part" in text
+    assert "Deployed: 4 sites took part" in text
     assert "Simulated" not in text
     assert "Examples" not in text
 
 
 def test_data_that_names_no_patients_is_said_so(tmp_path):
     data = {"name": "films", "format": "npz", "root": "/somewhere"}
-    made = make_run(tmp_path / "run", study_of(), Simulation(num_sites=3, data=data))
+    made = make_run(tmp_path / "run", study_of(), Simulation(num_sites=4, data=data))
     text = made.text
     assert "every image counts as a patient of its own" in text
     assert "/somewhere" not in (made.path / "report.json").read_text()
@@ -200,8 +275,8 @@ def test_data_that_names_no_patients_is_said_so(tmp_path):
 
 def test_sites_are_listed_with_rounds_and_bytes(finished):
     text = finished.text
-    assert "north 2 of 2 96.0 kB" in text
-    assert "west 1 of 2 56.0 kB" in text
+    assert "north 2 of 2 0 96.0 kB" in text
+    assert "west 1 of 2 1 56.0 kB" in text
 
 
 def test_seconds_by_phase_add_up_to_the_whole_run(finished):
@@ -212,9 +287,9 @@ def test_seconds_by_phase_add_up_to_the_whole_run(finished):
 
 
 def test_a_site_that_missed_the_final_evaluation_is_named(tmp_path, finished):
-    assert "summed over all 3 sites" in finished.text
-    made = make_run(tmp_path / "run", study_of(), None, test_sites=SITES[:2])
-    assert "summed over 2 sites" in made.text
+    assert "summed over all 4 sites" in finished.text
+    made = make_run(tmp_path / "run", study_of(), None, test_sites=MOST)
+    assert "summed over 3 sites" in made.text
     assert "west did not answer the final evaluation" in made.text
 
 
@@ -225,6 +300,58 @@ def test_few_test_images_of_a_class_are_warned_of(tmp_path, finished):
     assert weak
     assert all(images < 30 for images in weak.values())
     assert "Few test images" in made.text
+
+
+# What the coordinator could see
+
+
+def test_every_message_of_a_site_is_counted_from_the_runs_own_record(finished):
+    lines = map(json.loads, (finished.path / "transcript.jsonl").read_text().splitlines())
+    received = [line for line in lines if line["direction"] == "received"]
+    shown = {message["kind"]: message for message in finished.facts["seen"]["messages"]}
+    assert {kind: message["number"] for kind, message in shown.items()} == {
+        "SiteKeys": 4, "Agreement": 4, "Upload": 15, "Vote": 3, "Shares": 15, "Refusal": 1,
+    }  # fmt: skip
+    assert sum(message["number"] for message in shown.values()) == len(received)
+    by_field = [line["bytes"].values() for line in received if line["kind"] == "SiteKeys"]
+    assert shown["SiteKeys"]["bytes"] == sum(map(sum, by_field)) == 4 * (8 + 32 + 1184 + 16 + 670)
+    assert {message["clear_bytes"] for message in shown.values()} == {0}
+
+
+def test_the_page_says_how_many_sums_the_coordinator_learned_and_over_how_many_sites(finished):
+    seen, text = finished.facts["seen"], finished.text
+    assert (seen["sums"], seen["fewest_sites_in_a_sum"], seen["votes"]) == (4, 3, 3)
+    assert "The coordinator learned 4 sums, each over at least 3 sites" in text
+    assert "by 3 signed votes in all" in text
+    assert (seen["threshold"], seen["colluders"]) == (3, 1)
+    assert "needed the help of 3 sites" in text
+
+
+def test_masked_uploads_pass_the_test_of_their_bytes_and_plain_ones_fail_it(finished, tmp_path):
+    found = finished.facts["seen"]["uniformity"]
+    assert found["uploads"] == 15
+    assert found["smallest"] > 1e-4
+    plain = np.random.default_rng(2).normal(scale=300, size=1024).astype("<i4").view(np.uint8)
+    made = make_run(tmp_path / "plain", study_of(), None, masked=lambda: plain)
+    assert made.facts["seen"]["uniformity"]["median"] < 1e-12
+
+
+def test_uploads_too_short_for_a_test_of_their_bytes_are_said_to_be(tmp_path):
+    short = np.zeros(100, np.uint8)
+    made = make_run(tmp_path / "run", study_of(), None, masked=lambda: short)
+    assert made.facts["seen"]["uniformity"] is None
+    assert "too short for a test" in made.text
+
+
+def test_who_was_convicted_and_what_is_disputed_is_said(copied):
+    path = copied.path / "rounds.jsonl"
+    first, *rest = path.read_text().splitlines()
+    line = json.loads(first)
+    line |= {"convicted": {"west": "shared wrongly"}, "disputes": ["east and north"]}
+    path.write_text("\n".join([json.dumps(line), *rest]) + "\n")
+    copied.seal_again()
+    assert "Left out by signed evidence: west (shared wrongly)." in copied.text
+    assert "Disputes, of which nobody can say who is wrong: east and north." in copied.text
 
 
 @pytest.mark.parametrize(
@@ -307,8 +434,12 @@ def test_a_report_leaves_the_digests_of_the_run_as_they_were(finished):
 
 
 @pytest.mark.parametrize(
-    "name", ["summary.json", "study.toml", "counts/test.npy", "final.safetensors", "rounds.jsonl"]
-)
+    "name",
+    [
+        "summary.json", "study.toml", "counts/test.npy", "final.safetensors", "rounds.jsonl",
+        "transcript.jsonl",
+    ],
+)  # fmt: skip
 def test_a_report_is_refused_when_a_file_it_reads_has_changed(name, copied):
     (copied.path / name).write_bytes((copied.path / name).read_bytes() + b" ")
     with pytest.raises(FederationError, match=f"^{re.escape(name)} differs"):
@@ -359,7 +490,7 @@ def change(summary: dict, path: str, value: object) -> None:
         ("final_model_sha256", "0" * 64, r"final_model_sha256 is 000"),
         ("survivors", [list(SITES)] * 2, r"survivors is .* rounds\.jsonl gives"),
         ("study.digest", "0" * 64, r"study\.digest is 000.* study\.toml gives"),
-        ("sites", ["north"], r"sites is \['north'\], the manifest gives"),
+        ("sites", ["north"], r"sites is \['north'\], the manifests give"),
         ("returned_round", 1, r"final\.safetensors: .* is not what models/ gives for round 1"),
     ],
 )
@@ -390,7 +521,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
 
 def test_examples_are_phantoms_of_no_site_with_and_without_a_lesion(finished):
     examples = finished.facts["examples"]
-    assert [example["class"] for example in examples] == ["lesion", "no lesion"] * 3
+    assert [example["class"] for example in examples] == ["lesion", "no lesion"] * 4
     assert [example["site"] for example in examples[::2]] == list(SITES)
     assert all(example["patient"] >= 1_000_000 for example in examples)
     assert all(0 < example["probability"] < 1 for example in examples)

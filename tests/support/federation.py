@@ -14,6 +14,7 @@ from common.config import validate
 from common.messages import Message
 from common.simulation import Simulation
 from common.study import Study
+from common.throwaway import coordinator_credentials
 from server.coordinator import Summary, run
 from server.network import LoopbackNetwork
 from server.run_dir import RunDir
@@ -48,6 +49,7 @@ class Watcher:
         self.lines: list[dict[str, Any]] = []
         self.uploads: list[str] = []
         self.voids: list[Void] = []
+        self.epochs: list[list[str]] = []
 
     def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
         self.resumed_after = round_number
@@ -57,6 +59,9 @@ class Watcher:
 
     def finished_round(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+
+    def renewed(self, number: int, sites: Sequence[str]) -> None:
+        self.epochs.append(list(sites))
 
     def voided(self, void: Void) -> None:
         self.voids.append(void)
@@ -82,8 +87,13 @@ def federate(
     network: LoopbackNetwork | None = None,
     watcher: Watcher | None = None,
     resume: bool = False,
+    sites_in: Path | None = None,
 ) -> Summary:
-    """Run a study over tiny phantom sites in ``folder``."""
+    """Run a study over tiny phantom sites in ``folder``, or those that ``network`` reaches.
+
+    ``sites_in`` is where the sites of ``network`` were opened; their certificates lie there.
+    """
     run_dir = RunDir.open(folder, study, tiny_simulation(study), resume=resume)
     network = network or LoopbackNetwork(answers_of(open_sites(study, folder)))
-    return run(study, network, run_dir, watcher or Watcher())
+    credentials = coordinator_credentials(sites_in or folder, study.site_names)
+    return run(study, network, run_dir, watcher or Watcher(), credentials)

@@ -1,0 +1,73 @@
+"""One message to every member and its checked answers; whoever answers wrongly is named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from common.errors import RemoteProtocolError
+from common.evidence import Evidence
+from common.messages import Message, Reason, Refusal
+from common.roster import CoordinatorCredentials
+from server.network import Enough, Network, never
+
+SILENT = "silent"
+Keep = Callable[[int, Message], None]  # site, reply; raises RemoteProtocolError
+log = logging.getLogger("consilium.coordinator")
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How the coordinator talks to the members of an epoch."""
+
+    network: Network
+    credentials: CoordinatorCredentials
+    evidence: Evidence
+    now: Callable[[], datetime] = _utc_now
+
+    def ask_all(
+        self,
+        names: Sequence[str],
+        messages: Mapping[str, Message],
+        keep: Keep,
+        enough: Enough = never,
+    ) -> dict[str, str]:
+        """Ask sites; hand each answer to ``keep``.
+
+        Args:
+          names: The epoch's members in order.
+          messages: By name; some of the members.
+          keep: Checks an answer and keeps what is needed of it.
+          enough: See ``Network.ask``.
+
+        Returns:
+          Who gave no good answer, and why in a word; a wrong one is kept as evidence.
+        """
+        missing = dict.fromkeys(messages, SILENT)
+        answered = set()
+        for site, reply in self.network.ask(messages, enough):
+            if isinstance(reply, Refusal):
+                missing[site] = reply.reason.value
+                continue
+            if site in answered or site not in messages:
+                continue  # the first answer counts
+            answered.add(site)
+            try:
+                keep(names.index(site), reply)
+            except RemoteProtocolError as error:
+                log.error("%s: %s", site, error)  # noqa: TRY400 - a sentence, not a traceback
+                self.evidence.keep(reply, error, now=self.now(), by=site)
+                missing[site] = Reason.PROTOCOL.value
+            else:
+                missing.pop(site, None)
+        return missing
+
+    def keep_header(self, site: int, header: bytes, error: RemoteProtocolError, by: str) -> None:
+        """Keep one side of a dispute between uploads that were added already."""
+        self.evidence.keep_header(site, header, error, now=self.now(), by=by)
