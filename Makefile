@@ -16,7 +16,7 @@ demo: $(STAMP)  ## four hospitals and a coordinator learn from generated images;
 	$(BIN)/fl-report runs/demo
 
 test: $(STAMP)  ## the tests; those marked slow run with CI=true
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(if $(filter true,$(CI)),,-m "not slow") $(ARGS)
+	$(BIN)/python -m pytest -q -n auto --dist loadfile $(if $(filter true,$(CI)),,-m "not slow") $(ARGS)
 
 check: $(STAMP)  ## formatting, linting, types, import contracts
 	$(BIN)/ruff format --check .

@@ -515,10 +515,10 @@ def exactly_summed(update: QuantizedUpdate, num_sites: int) -> NDArray[np.int32]
     member = SimpleNamespace(key=IDENTITY.key.public_key(), name=IDENTITY.name)
     epoch: Any = SimpleNamespace(manifest=manifest, run=RUN, members=[member] * num_sites)
     values, tail = np.zeros(update.values.size, np.uint32), np.zeros(NUM_TAIL, np.uint64)
-    collected = Collected(TASK, values, tail)
+    collected = Collected(0, TASK, values, tail)
     for index in range(num_sites):
         upload = as_message(upload_of(Site(index, num_sites), update, bits=32, threads=2))
-        collected.take(index, upload, epoch, 0)
+        collected.take(index, upload, epoch)
         del upload
     masks = [Mask(self_mask_key(owner, num_sites, collected), False) for owner in collected.uploads]
     add_masks(collected.values, masks, threads=2)
