@@ -222,3 +222,14 @@ def test_the_start_up_check_refuses_an_engine_that_does_not_clip(
     monkeypatch.setattr("client.clipping._sum_clipped", lambda rows, _: rows.sum(dim=0))
     with pytest.raises(ConfigError, match="differs from brute force"):
         check_engine(build_network(tiny_study()), (1, 32, 32), _loss(), torch.tensor([0, 1, 0]))
+
+
+def test_the_start_up_check_refuses_a_sum_that_is_too_long_even_where_brute_force_agrees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = build_network(tiny_study())
+    unclipped = torch.ones(network.values.numel(), dtype=torch.float64)
+    monkeypatch.setattr("client.clipping.by_brute_force", lambda *_, **__: unclipped)
+    monkeypatch.setattr(PerImageEngine, "clipped_sum", lambda *_, **__: unclipped)
+    with pytest.raises(ConfigError, match="differential privacy would not hold"):
+        check_engine(network, (1, 32, 32), _loss(), torch.tensor([0, 1, 0]))
