@@ -1,26 +1,27 @@
-"""A message as plain JSON values, for what is kept: bytes as hex, an array as its digest."""
+"""A dataclass as plain JSON values, for what is kept: bytes as hex, an array as its digest."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from common.messages import Message
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
-M = TypeVar("M", bound=Message)
-
-
-def as_table(message: Message) -> dict[str, Any]:
-    """Every field of a message, ready for JSON."""
-    table = {field.name: getattr(message, field.name) for field in dataclasses.fields(message)}
-    return {"kind": type(message).__name__} | {key: _plain(value) for key, value in table.items()}
+D = TypeVar("D", bound="DataclassInstance")
 
 
-def from_table(table: dict[str, Any], kind: type[M]) -> M:
-    """The message that ``as_table`` was given; one without arrays."""
+def as_table(record: DataclassInstance) -> dict[str, Any]:
+    """Every field of a message, or of another record like one, ready for JSON."""
+    table = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    return {"kind": type(record).__name__} | {key: _plain(value) for key, value in table.items()}
+
+
+def from_table(table: dict[str, Any], kind: type[D]) -> D:
+    """What ``as_table`` was given; a record without arrays."""
     values = {}
     for field in dataclasses.fields(kind):
         value, hint = table[field.name], str(field.type)

@@ -17,6 +17,7 @@ from safetensors.numpy import save
 from common.errors import RemoteProtocolError
 from common.manifest import Manifest
 from common.messages import Message, Purpose, RoundTask, Upload
+from common.record import as_table, from_table
 from common.secagg.header import (
     SEAL_BYTES,
     SECRET_BYTES,
@@ -111,16 +112,7 @@ class Collected:
             "sum_number": self.sum_number,
             "task": self.task.hex(),
             "missing": self.missing,
-            "uploads": {
-                site: {
-                    "header": kept.header.hex(),
-                    "sealed": [one.hex() for one in kept.sealed],
-                    "share_commitments": [one.hex() for one in kept.share_commitments],
-                    "statement": kept.statement,
-                    "num_bytes": kept.num_bytes,
-                }
-                for site, kept in self.uploads.items()
-            },
+            "uploads": {site: as_table(kept) for site, kept in self.uploads.items()},
         }
         arrays = {"values": self.values, "tail": self.tail}
         content: bytes = save(arrays, metadata={"collected": json.dumps(about)})
@@ -132,16 +124,7 @@ class Collected:
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["collected"])
             values, tail = file.get_tensor("values"), file.get_tensor("tail")
-        uploads = {
-            int(site): Kept(
-                bytes.fromhex(entry["header"]),
-                tuple(map(bytes.fromhex, entry["sealed"])),
-                tuple(map(bytes.fromhex, entry["share_commitments"])),
-                entry["statement"],
-                entry["num_bytes"],
-            )
-            for site, entry in about["uploads"].items()
-        }
+        uploads = {int(site): from_table(kept, Kept) for site, kept in about["uploads"].items()}
         task = bytes.fromhex(about["task"])
         return cls(about["sum_number"], task, values, tail, uploads, about["missing"])
 
