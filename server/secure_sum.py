@@ -105,7 +105,7 @@ def secure_sum(
             return void
         keep_pending(collected)
     at_deadline = time.perf_counter()
-    answers = unmask(exchange, epoch, task.sum_number, collected, threads=THREADS)
+    answers = unmask(exchange, epoch, collected, threads=THREADS)
     numbers = collected.tail.view(np.int64)
     num_tensors = len(manifest.exponents)
     names = manifest.names

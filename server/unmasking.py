@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from common.errors import RemoteProtocolError, RoundAborted
@@ -28,6 +27,7 @@ from server.exchange import Exchange
 
 MAX_ASKS = 5  # times that silent survivors are asked again, each up to the study's deadline
 MAX_SUBSETS = 2000  # of shares that are tried where a site shared wrongly and committed to it
+SHARED_WRONGLY = "shared a secret wrongly"
 
 
 @dataclass
@@ -39,7 +39,6 @@ class Answers:
     answered: set[int] = field(default_factory=set)
     convicted: dict[int, str] = field(default_factory=dict)  # who signed something wrong, and what
     complaints: Counter[int] = field(default_factory=Counter)  # by the site complained about
-    shared_wrongly: set[int] = field(default_factory=set)  # and committed to it
     disputes: list[str] = field(default_factory=list)  # one of a pair is wrong, nobody can say who
 
     def is_enough(self, threshold: int) -> bool:
@@ -47,15 +46,12 @@ class Answers:
         return all(len(shares) >= threshold for shares in self.good.values())
 
 
-def unmask(
-    exchange: Exchange, epoch: Epoch, sum_number: int, collected: Collected, *, threads: int = 1
-) -> Answers:
+def unmask(exchange: Exchange, epoch: Epoch, collected: Collected, *, threads: int = 1) -> Answers:
     """Remove every mask from the sum, in place.
 
     Args:
       exchange: Reaches the members.
       epoch: Their keys.
-      sum_number: The sum.
       collected: The masked sum; holds the exact one afterwards.
       threads: For the masks.
 
@@ -66,19 +62,14 @@ def unmask(
       RoundAborted: Fewer than the threshold answer, or a site shared its secrets wrongly: the sum
         cannot be finished, and it can never be asked for again.
     """
-    answers = _ask_for_shares(exchange, epoch, sum_number, collected)
+    answers = _ask_for_shares(exchange, epoch, collected)
     dropouts = _dropouts(epoch, collected)
     masks = []
     for owner, slot in answers.good:
-        secret = _secret(epoch, sum_number, collected, answers, owner, slot)
+        secret = _secret(exchange, epoch, collected, answers, owner, slot)
         # A site adds its self mask and the pair masks with later sites, and subtracts the others.
-        was_added = slot == owner or slot > owner
+        was_added = slot >= owner
         masks.append(Mask(secret, is_added=not was_added))
-    for owner in answers.shared_wrongly:
-        error = RemoteProtocolError("shared a secret unlike its commitment", rule="R13")
-        exchange.keep_header(
-            owner, collected.uploads[owner].header, error, epoch.members[owner].name
-        )
     assert len(masks) == len(collected.uploads) * (1 + len(dropouts))  # noqa: S101
     add_masks(collected.values, masks, threads=threads)
     add_tail_masks(collected.tail, masks, collected.values.size)
@@ -89,14 +80,13 @@ def _dropouts(epoch: Epoch, collected: Collected) -> list[int]:
     return [site for site in range(len(epoch.members)) if site not in collected.uploads]
 
 
-def _ask_for_shares(
-    exchange: Exchange, epoch: Epoch, sum_number: int, collected: Collected
-) -> Answers:
+def _ask_for_shares(exchange: Exchange, epoch: Epoch, collected: Collected) -> Answers:
     survivors, threshold = collected.survivors, epoch.manifest.threshold
-    view = digest_of_view(epoch.run, sum_number, collected.task, collected.headers())
+    number, headers = collected.sum_number, collected.headers()
+    view = digest_of_view(epoch.run, number, collected.task, headers)
     votes: dict[int, bytes] = {}
     if len(survivors) < len(epoch.members):
-        votes = _ask_for_votes(exchange, epoch, sum_number, collected, view)
+        votes = _ask_for_votes(exchange, epoch, collected, view)
     wanted = itertools.chain.from_iterable(
         [(owner, owner), *((owner, slot) for slot in _dropouts(epoch, collected))]
         for owner in survivors
@@ -109,9 +99,9 @@ def _ask_for_shares(
         kept = [collected.uploads[owner] for owner in survivors]
         message = Unmask(
             run=epoch.run.hex(),
-            sum_number=sum_number,
+            sum_number=number,
             survivors=survivors,
-            headers=collected.headers(),
+            headers=headers,
             voters=tuple(votes),
             votes=tuple(votes.values()),
             sealed=tuple(one.sealed[site] for one in kept),
@@ -121,7 +111,7 @@ def _ask_for_shares(
         return sign(message, exchange.credentials.identity)
 
     def keep(site: int, reply: Message) -> None:
-        _take_shares(site, reply, epoch, sum_number, collected, answers)
+        _take_shares(site, reply, epoch, collected, answers)
         if isinstance(reply, Shares) and reply.complaints:
             named = ", ".join(names[owner] for owner in reply.complaints)
             error = RemoteProtocolError(f"complains of the shares of {named}", rule="R13")
@@ -137,60 +127,53 @@ def _ask_for_shares(
     wrong = [f"{names[site]} {what}" for site, what in answers.convicted.items()]
     what_else = "; ".join([*wrong, *answers.disputes]) or "nothing wrong came"
     raise RoundAborted(
-        f"sum {sum_number}: {fewest} good shares of a secret came, {threshold} are needed. Silent: "
+        f"sum {number}: {fewest} good shares of a secret came, {threshold} are needed. Silent: "
         f"{', '.join(silent) or 'nobody'}; {what_else}. Bring silent sites back and resume: the "
         "same request is repeated. If none is silent, approve a study without the sites named"
     )
 
 
 def _ask_for_votes(
-    exchange: Exchange, epoch: Epoch, sum_number: int, collected: Collected, view: bytes
+    exchange: Exchange, epoch: Epoch, collected: Collected, view: bytes
 ) -> dict[int, bytes]:
     names, threshold = epoch.manifest.names, epoch.manifest.threshold
-    message = Survivors(epoch.run.hex(), sum_number, collected.survivors, collected.headers())
+    number, survivors = collected.sum_number, collected.survivors
+    message = Survivors(epoch.run.hex(), number, survivors, collected.headers())
     message = sign(message, exchange.credentials.identity)
     votes: dict[int, bytes] = {}
 
     def keep(site: int, reply: Message) -> None:
-        about = (epoch.run.hex(), sum_number, site, view)
-        if not isinstance(reply, Vote) or about != (
-            reply.run,
-            reply.sum_number,
-            reply.site,
-            reply.view,
-        ):
+        if not isinstance(reply, Vote) or not _is_about(reply, site, epoch, collected, view):
             raise RemoteProtocolError("a vote for other survivors came", rule="R11")
         check_signed(reply, epoch.members[site].key, sender=names[site], rule="R12")
         votes[site] = reply.signature
 
     for _ in range(MAX_ASKS):
-        waiting = {names[k]: message for k in collected.survivors if k not in votes}
+        waiting = {names[k]: message for k in survivors if k not in votes}
         exchange.ask_all(names, waiting, keep, lambda: len(votes) >= threshold)
         if len(votes) >= threshold:
             return dict(sorted(votes.items()))
-    silent = ", ".join(names[site] for site in collected.survivors if site not in votes)
+    silent = ", ".join(names[site] for site in survivors if site not in votes)
     raise RoundAborted(
-        f"sum {sum_number}: {len(votes)} sites voted, {threshold} are needed; bring {silent} back "
+        f"sum {number}: {len(votes)} sites voted, {threshold} are needed; bring {silent} back "
         "and resume: the same request is repeated"
     )
 
 
+def _is_about(
+    reply: Vote | Shares, site: int, epoch: Epoch, collected: Collected, view: bytes
+) -> bool:
+    """Whether a reply says that it is this site's, about this sum and these survivors."""
+    about = (epoch.run.hex(), collected.sum_number, site, view)
+    return (reply.run, reply.sum_number, reply.site, reply.view) == about
+
+
 def _take_shares(
-    site: int,
-    reply: Message,
-    epoch: Epoch,
-    sum_number: int,
-    collected: Collected,
-    answers: Answers,
+    site: int, reply: Message, epoch: Epoch, collected: Collected, answers: Answers
 ) -> None:
     """Keep the shares that match their commitments; skip and name the others."""
-    about = (epoch.run.hex(), sum_number, site, answers.view)
-    if not isinstance(reply, Shares) or about != (
-        reply.run,
-        reply.sum_number,
-        reply.site,
-        reply.view,
-    ):
+    number, view = collected.sum_number, answers.view
+    if not isinstance(reply, Shares) or not _is_about(reply, site, epoch, collected, view):
         raise RemoteProtocolError("an answer about other survivors came", rule="R8")
     name = epoch.members[site].name
     check_signed(reply, epoch.members[site].key, sender=name, rule="R13")
@@ -218,7 +201,7 @@ def _take_shares(
         for place, slot in enumerate((owner, *dropouts)):
             part = slot_of(share, place)
             committed = row[slot * SHARE_COMMITMENT_BYTES :][:SHARE_COMMITMENT_BYTES]
-            if commit_share(epoch.run, sum_number, owner, site, slot, part) == committed:
+            if commit_share(epoch.run, number, owner, site, slot, part) == committed:
                 answers.good[owner, slot][site] = part
             else:
                 wrong.append(epoch.members[owner].name)
@@ -229,25 +212,28 @@ def _take_shares(
 
 
 def _secret(
-    epoch: Epoch, sum_number: int, collected: Collected, answers: Answers, owner: int, slot: int
+    exchange: Exchange,
+    epoch: Epoch,
+    collected: Collected,
+    answers: Answers,
+    owner: int,
+    slot: int,
 ) -> bytes:
-    """One secret, recovered and compared with its commitment."""
-    header = Header.decode(collected.uploads[owner].header)
+    """One secret, recovered and compared with its commitment; who shared it wrongly is named."""
+    number, content = collected.sum_number, collected.uploads[owner].header
+    header, name = Header.decode(content), epoch.members[owner].name
     shares = answers.good[owner, slot]
     subsets = itertools.combinations(sorted(shares), epoch.manifest.threshold)
     for tried, subset in enumerate(itertools.islice(subsets, MAX_SUBSETS)):
-        secret = recover(_only(shares, subset))
-        if commit(epoch.run, sum_number, owner, slot, secret) == header.commitment(slot):
-            if tried:
-                answers.convicted[owner] = "shared a secret wrongly"
-                answers.shared_wrongly.add(owner)
-            return secret
-    name = epoch.members[owner].name
+        secret = recover({site: shares[site] for site in subset})
+        if commit(epoch.run, number, owner, slot, secret) != header.commitment(slot):
+            continue
+        if tried and answers.convicted.get(owner) != SHARED_WRONGLY:  # one line per site is enough
+            answers.convicted[owner] = SHARED_WRONGLY
+            error = RemoteProtocolError("shared a secret unlike its commitment", rule="R13")
+            exchange.keep_header(owner, content, error, name)
+        return secret
     raise RoundAborted(
-        f"sum {sum_number}: {name} shared a secret that is not the one it committed to; its signed "
+        f"sum {number}: {name} shared a secret that is not the one it committed to; its signed "
         "upload shows it. The sum is lost; approve a study without this site"
     )
-
-
-def _only(shares: Mapping[int, bytes], sites: tuple[int, ...]) -> dict[int, bytes]:
-    return {site: shares[site] for site in sites}

@@ -321,7 +321,7 @@ class SharesDoor(CoordinatorDoor):
         self.restore()
 
         def keep(site: int, reply: Message) -> None:
-            _take_shares(site, reply, epoch, number, self._collected, self.answers)
+            _take_shares(site, reply, epoch, self._collected, self.answers)
 
         (due,) = (one for one in recording.replies(Shares) if one.sum_number == number)
         super().__init__(recording, f"sum {number}, shares", due, keep)
@@ -402,7 +402,7 @@ def doors_of_coordinator(recording: Recording) -> list[Door]:
     """Every kind of answer that the coordinator waits for; the others have answered."""
     epoch, collected = recording.epoch, recording.collected[1]
     view = digest_of_view(epoch.run, 1, collected.task, collected.headers())
-    votes = partial(_ask_for_votes, epoch=epoch, sum_number=1, collected=collected, view=view)
+    votes = partial(_ask_for_votes, epoch=epoch, collected=collected, view=view)
     keys, agreement, vote = (recording.replies(kind)[0] for kind in (SiteKeys, Agreement, Vote))
     invite = partial(exchange_keys, manifest=recording.manifest)
     relay = partial(_agreed, epoch=replace(epoch, agreements=()))
