@@ -67,7 +67,3 @@ class Exchange:
             else:
                 missing.pop(site, None)
         return missing
-
-    def keep_header(self, site: int, header: bytes, error: RemoteProtocolError, by: str) -> None:
-        """Keep one side of a dispute between uploads that were added already."""
-        self.evidence.keep_header(site, header, error, now=self.now(), by=by)

@@ -189,7 +189,8 @@ def _void(
             f"sum {task.sum_number}: unequal commitments of {'; '.join(disputes)}", rule="R13"
         )
         for site in sorted({site for pair in pairs for site in pair}):
-            exchange.keep_header(site, collected.uploads[site].header, error, names[site])
+            header, now = collected.uploads[site].header, exchange.now()
+            exchange.evidence.keep_header(site, header, error, now=now, by=names[site])
         return Void(task, survivors, collected.missing, convicted, disputes)
     if len(survivors) < max(min_sites, epoch.manifest.threshold):
         return Void(task, survivors, collected.missing)

@@ -231,7 +231,7 @@ def _secret(
         if tried and answers.convicted.get(owner) != SHARED_WRONGLY:  # one line per site is enough
             answers.convicted[owner] = SHARED_WRONGLY
             error = RemoteProtocolError("shared a secret unlike its commitment", rule="R13")
-            exchange.keep_header(owner, content, error, name)
+            exchange.evidence.keep_header(owner, content, error, now=exchange.now(), by=name)
         return secret
     raise RoundAborted(
         f"sum {number}: {name} shared a secret that is not the one it committed to; its signed "
