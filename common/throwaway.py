@@ -10,11 +10,9 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cryptography.hazmat.primitives.asymmetric import ec
-
 from common.authority import CERTIFICATE as CA_CERTIFICATE
 from common.authority import REVOKED, Authority
-from common.identity import Identity, fingerprint, read_certificate
+from common.identity import Identity, read_certificate
 from common.roster import CoordinatorCredentials, Credentials, Trust
 
 CA, COORDINATOR, SITES = "ca", "coordinator", "sites"  # in a run folder
@@ -57,12 +55,6 @@ def _trust(run_dir: Path, names: Sequence[str]) -> Trust:
     """What the people of a simulated study approved: the keys that were made for it."""
     return Trust(
         ca=read_certificate(run_dir / CA / CA_CERTIFICATE),
-        members={name: _fingerprint(run_dir / SITES / name) for name in names},
-        coordinator=_fingerprint(run_dir / CA / COORDINATOR),
+        members={name: _identity(run_dir / SITES / name).fingerprint for name in names},
+        coordinator=_identity(run_dir / CA / COORDINATOR).fingerprint,
     )
-
-
-def _fingerprint(folder: Path) -> str:
-    key = read_certificate(folder / "certificate.pem").public_key()
-    assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 - made above
-    return fingerprint(key)
