@@ -518,7 +518,7 @@ def exactly_summed(update: QuantizedUpdate, num_sites: int) -> NDArray[np.int32]
     collected = Collected(0, TASK, values, tail)
     for index in range(num_sites):
         upload = as_message(upload_of(Site(index, num_sites), update, bits=32, threads=2))
-        collected.take(index, upload, epoch)
+        collected.take(index, upload, epoch, is_private=False)
         del upload
     masks = [Mask(self_mask_key(owner, num_sites, collected), False) for owner in collected.uploads]
     add_masks(collected.values, masks, threads=2)

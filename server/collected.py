@@ -84,7 +84,7 @@ class Collected:
         texts = (self.uploads[site].statement for site in self.survivors)
         return tuple(Statement.parse(text) for text in texts if text)
 
-    def take(self, site: int, reply: Message, epoch: Epoch, *, is_private: bool = False) -> None:
+    def take(self, site: int, reply: Message, epoch: Epoch, *, is_private: bool) -> None:
         """Check one upload and add it; in a private study, and only there, it has a statement.
 
         Raises:

@@ -71,7 +71,7 @@ def secure_sum(
     task: RoundTask,
     *,
     min_sites: int,
-    is_private: bool = False,
+    is_private: bool,
     pending: Collected | None,
     keep_pending: KeepPending,
     on_upload: OnUpload = lambda *_: None,
@@ -142,7 +142,7 @@ def _collect(
     task: RoundTask,
     on_upload: OnUpload,
     *,
-    is_private: bool = False,
+    is_private: bool,
 ) -> tuple[Collected, float]:
     """Ask for uploads until the deadline; also the seconds spent on adding."""
     names = epoch.manifest.names

@@ -207,6 +207,7 @@ class VectorFederation:
             self.epoch,
             task,
             min_sites=MIN_SITES,
+            is_private=False,
             pending=self.run_dir.pending(),
             keep_pending=self.run_dir.save_pending,
         )
