@@ -46,7 +46,7 @@ class Credentials:
 class CoordinatorCredentials(Credentials):
     """The coordinator's; it also passes on who was revoked."""
 
-    revocation_list: Path  # DER, read anew for every message
+    revocation_list: Path  # DER, read anew for every sum and every epoch
 
     def revoked(self) -> bytes:
         """The current revocation list.
@@ -81,7 +81,11 @@ def check_invitation(
 
 
 def check_site_keys(
-    keys: SiteKeys, manifest: Manifest, trust: Trust, revoked: bytes, now: datetime
+    keys: SiteKeys,
+    manifest: Manifest,
+    trust: Trust,
+    revoked: x509.CertificateRevocationList,
+    now: datetime,
 ) -> Certified:
     """Check one member's keys.
 
@@ -94,8 +98,7 @@ def check_site_keys(
     sizes = [len(keys.public_key), len(keys.kem_key), len(keys.nonce)]
     if sizes != [KEY_BYTES, KEM_KEY_BYTES, NONCE_BYTES]:
         raise _refused(f"the keys of {member.name} have the wrong length")
-    listed = read_revocation_list(revoked, trust.ca, now)
-    certified = check_certificate(keys.certificate, trust.ca, listed, now)
+    certified = check_certificate(keys.certificate, trust.ca, revoked, now)
     if (certified.name, certified.role) != (member.name, "site"):
         raise _refused(f"a certificate of {certified.name} came in the place of {member.name}")
     if certified.fingerprint != member.key:
@@ -123,8 +126,9 @@ def check_roster(
     )
     if any(len(entries) != len(manifest.members) for entries in lists):
         raise _refused("the roster does not hold exactly the manifest's members")
+    revoked = read_revocation_list(roster.revoked, trust.ca, now)
     certified = tuple(
-        check_site_keys(roster.keys_of(site), manifest, trust, roster.revoked, now)
+        check_site_keys(roster.keys_of(site), manifest, trust, revoked, now)
         for site in range(len(manifest.members))
     )
     _check_distinct(roster.public_keys)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 
+from cryptography import x509
+
 from common.errors import RemoteProtocolError, RoundAborted
 from common.identity import check_certificate, read_revocation_list
 from common.manifest import KeyedMember, Manifest, Opening, smallest_epoch
@@ -62,17 +64,23 @@ class Cohort:
         Raises:
           RoundAborted: Too few members are left.
         """
-        self._note(epoch, last)
+        credentials = self._exchange.credentials
+        revoked = read_revocation_list(
+            credentials.revoked(), credentials.trust.ca, self._exchange.now()
+        )
+        self._note(epoch, last, revoked)
         manifest = epoch.manifest
         ended = int(self._exchange.now().timestamp()) > manifest.valid_until - EXCHANGES * (
             self._study.deadlines.answer_s
         )
-        certified = all(map(self._is_certified, epoch.roster.certificates))
+        certified = all(self._is_certified(one, revoked) for one in epoch.roster.certificates)
         if not ended and certified and self._present() == list(manifest.names):
             return epoch
         return self._open(manifest.epoch + 1, manifest.run)
 
-    def _note(self, epoch: Epoch, last: Total | Void) -> None:
+    def _note(
+        self, epoch: Epoch, last: Total | Void, revoked: x509.CertificateRevocationList
+    ) -> None:
         """Remember who left for good."""
         left = {
             site: "its privacy budget is spent"
@@ -80,10 +88,6 @@ class Cohort:
             if reason == Reason.BUDGET
         }
         left |= last.convicted
-        credentials = self._exchange.credentials
-        revoked = read_revocation_list(
-            credentials.revoked(), credentials.trust.ca, self._exchange.now()
-        )
         for member in epoch.members:
             if revoked.get_revoked_certificate_by_serial_number(member.serial_number) is not None:
                 left[member.name] = "its certificate was revoked"
@@ -92,10 +96,8 @@ class Cohort:
             self._run_dir.save_excluded(self._excluded)
         self._absent = {site: sums - 1 for site, sums in self._absent.items() if sums != 1}
 
-    def _is_certified(self, certificate: bytes) -> bool:
-        credentials, now = self._exchange.credentials, self._exchange.now()
-        ca = credentials.trust.ca
-        revoked = read_revocation_list(credentials.revoked(), ca, now)
+    def _is_certified(self, certificate: bytes, revoked: x509.CertificateRevocationList) -> bool:
+        ca, now = self._exchange.credentials.trust.ca, self._exchange.now()
         try:
             check_certificate(certificate, ca, revoked, now)
         except RemoteProtocolError:

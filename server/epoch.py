@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from common.errors import RemoteProtocolError
-from common.identity import Certified, read_certified
+from common.identity import Certified, Identity, read_certified, read_revocation_list
 from common.manifest import Manifest
 from common.messages import (
     Agreement,
@@ -22,7 +22,7 @@ from common.messages import (
     RoundTask,
     SiteKeys,
 )
-from common.roster import CoordinatorCredentials, check_encapsulated, check_site_keys
+from common.roster import check_encapsulated, check_site_keys
 from common.secagg.keys import run_id
 from common.signing import check_signed, sign
 from server.exchange import Exchange
@@ -57,17 +57,17 @@ class Epoch:
             yield sender.ciphertexts[place], sender.ciphertext_signatures[place]
 
     def task_for(
-        self, site: int, task: RoundTask, credentials: CoordinatorCredentials
+        self, site: int, task: RoundTask, coordinator: Identity, revoked: bytes
     ) -> RoundTask:
-        """A task as one site gets it."""
+        """A task as one site gets it, with the current revocation list."""
         relayed = [] if site in self.delivered else list(self.encapsulated_for(site))
         whole = replace(
             task,
             ciphertexts=tuple(ciphertext for ciphertext, _ in relayed),
             ciphertext_signatures=tuple(signature for _, signature in relayed),
-            revoked=credentials.revoked(),
+            revoked=revoked,
         )
-        return sign(whole, credentials.identity)
+        return sign(whole, coordinator)
 
 
 def exchange_keys(exchange: Exchange, manifest: Manifest) -> tuple[Epoch | None, dict[str, str]]:
@@ -77,16 +77,17 @@ def exchange_keys(exchange: Exchange, manifest: Manifest) -> tuple[Epoch | None,
       The epoch, or None where a member did not take part; and those members with a word each.
     """
     credentials = exchange.credentials
-    invitation = Invitation(
-        manifest.canonical(), credentials.identity.certificate, credentials.revoked()
-    )
+    trust, revoked = credentials.trust, credentials.revoked()
+    # The members are held against the list that the sites are told; every sum brings a newer one.
+    listed = read_revocation_list(revoked, trust.ca, exchange.now())
+    invitation = Invitation(manifest.canonical(), credentials.identity.certificate, revoked)
     invitation = sign(invitation, credentials.identity)
     keys: dict[int, SiteKeys] = {}
 
     def keep(index: int, reply: Message) -> None:
         if not isinstance(reply, SiteKeys) or reply.site != index:
             raise RemoteProtocolError("an invitation was not answered with this site's keys")
-        check_site_keys(reply, manifest, credentials.trust, credentials.revoked(), exchange.now())
+        check_site_keys(reply, manifest, trust, listed, exchange.now())
         known = {key for other in keys.values() for key in (other.public_key, other.kem_key)}
         if known & {reply.public_key, reply.kem_key}:
             raise RemoteProtocolError("a site sent the fresh key of another one", rule="R3")
@@ -103,7 +104,7 @@ def exchange_keys(exchange: Exchange, manifest: Manifest) -> tuple[Epoch | None,
         nonces=tuple(one.nonce for one in ordered),
         certificates=tuple(one.certificate for one in ordered),
         signatures=tuple(one.signature for one in ordered),
-        revoked=credentials.revoked(),
+        revoked=revoked,
     )
     epoch = Epoch(manifest, sign(roster, credentials.identity), ())
     return _agreed(exchange, epoch)

@@ -156,9 +156,8 @@ def _collect(
         spent += time.perf_counter() - arrived
         on_upload(names[site], len(collected.uploads), len(names))
 
-    tasks = {
-        name: epoch.task_for(site, task, exchange.credentials) for site, name in enumerate(names)
-    }
+    identity, revoked = exchange.credentials.identity, exchange.credentials.revoked()
+    tasks = {name: epoch.task_for(site, task, identity, revoked) for site, name in enumerate(names)}
     collected.missing = exchange.ask_all(names, tasks, keep)
     epoch.delivered.update(collected.uploads)
     return collected, spent
