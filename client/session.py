@@ -7,6 +7,7 @@ client/enrolment.py has its beginning, client/unmasking.py its end.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,27 +20,11 @@ from client.journal import EpochMemory, Journal, SumMemory
 from common.errors import DataError, LocalProtocolError, RemoteProtocolError
 from common.identity import read_certified
 from common.manifest import Manifest, check_window
-from common.messages import (
-    Encapsulated,
-    FromCoordinator,
-    RoundTask,
-    Upload,
-    digest_of_model,
-)
+from common.messages import Encapsulated, FromCoordinator, RoundTask, Upload, digest_of_model
 from common.quantize import EXPONENT_RANGE
-from common.roster import (
-    Credentials,
-    check_encapsulated,
-    check_still_certified,
-)
-from common.secagg.header import (
-    Header,
-)
-from common.secagg.keys import (
-    advance,
-    decapsulate,
-    first_chain_key,
-)
+from common.roster import Credentials, check_encapsulated, check_still_certified
+from common.secagg.header import Header
+from common.secagg.keys import advance, decapsulate, first_chain_key
 from common.secagg.masking import THREADS
 from common.secagg.protect import Place, protect
 from common.secagg.task import digest_of_task
@@ -225,12 +210,14 @@ class Session:
         """Refuse what the coordinator of this epoch did not sign: R7."""
         check_signed(message, self.coordinator_key, sender="the coordinator", rule="R7")
 
-    @property
+    # A session lives for one message: what it read of the certificates stays true. The members' are
+    # there from the roster on, and nobody asks for their keys in the session that takes it.
+    @functools.cached_property
     def coordinator_key(self) -> ec.EllipticCurvePublicKey:
         """The key that signs every message of this epoch."""
         return read_certified(self.epoch.certificates[0]).key
 
-    @property
+    @functools.cached_property
     def member_keys(self) -> list[ec.EllipticCurvePublicKey]:
         """The members' keys by site."""
         return [read_certified(one).key for one in self.epoch.certificates[1:]]
