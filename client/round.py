@@ -43,7 +43,7 @@ def answer(message: Message, site: Site) -> Message:
 
 def _answer(message: Message, site: Site) -> Message:
     if isinstance(message, Invitation):
-        return join(message, site)
+        return answer_invitation(message, site)
     session = Session(site.journal, site.party())
     match message:
         case Roster():
@@ -57,7 +57,7 @@ def _answer(message: Message, site: Site) -> Message:
     raise RemoteProtocolError(f"a site does not take {type(message).__name__}", rule="R7")
 
 
-def join(invitation: Invitation, site: Site) -> SiteKeys:
+def answer_invitation(invitation: Invitation, site: Site) -> SiteKeys:
     """Hold the manifest against this site's own study and members, and send fresh keys."""
     party = site.party()
 
