@@ -8,6 +8,7 @@ in the list of permitted.py. All else is malformed.
 from __future__ import annotations
 
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -50,7 +51,7 @@ from server.unmasking import Answers, _ask_for_votes, _dropouts, _take_shares
 TABLES = ("manifest", "answered", "memory", "counter")  # of a journal
 
 
-class Door:
+class Door(ABC):
     """One place where messages arrive."""
 
     title: str
@@ -59,13 +60,13 @@ class Door:
     hostile: Hostile
     recording: Recording
 
+    @abstractmethod
     def deliver(self, message: Message) -> None:
         """Hand a message to the product.
 
         Raises:
           RemoteProtocolError: It was refused.
         """
-        raise NotImplementedError
 
     def unforeseen(self, message: Message) -> list[str]:
         """What is wrong with a message that was accepted."""
@@ -92,6 +93,7 @@ class Door:
         """What a refusal must leave as it is."""
         return None
 
+    @abstractmethod
     def restore(self) -> None:
         """Back to the state in which the honest message is due."""
 
