@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 from common.errors import ConfigError, RemoteProtocolError
 
 Role = Literal["site", "coordinator"]
+Paper = x509.Certificate | x509.CertificateSigningRequest  # both state a name, a role and a key
 
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 # What parsing a stranger's certificate or list may raise.
@@ -129,7 +130,8 @@ def check_certificate(
         parsed.verify_directly_issued_by(ca)
     except (InvalidSignature, *_UNREADABLE):
         raise _refused(f"the certificate of {name} was not issued by this site's CA") from None
-    for one, whose in ((parsed, f"of {name}"), (ca, "of this site's CA")):
+    # The CA first: who is told to renew a certificate that ended with its CA would ask in vain.
+    for one, whose in ((ca, "of this site's CA"), (parsed, f"of {name}")):
         if not one.not_valid_before_utc <= now <= one.not_valid_after_utc:
             raise _refused(
                 f"the certificate {whose} is valid from {one.not_valid_before_utc:%Y-%m-%d} to "
@@ -168,6 +170,32 @@ def read_revocation_list(
     return revoked
 
 
+def revocation_number(revoked: x509.CertificateRevocationList) -> int:
+    """Which of the CA's lists this is; they are counted from 1, and 0 is one without a number.
+
+    Raises:
+      RemoteProtocolError: R3. The list's extensions cannot be read.
+    """
+    try:
+        return revoked.extensions.get_extension_for_class(x509.CRLNumber).value.crl_number
+    except x509.ExtensionNotFound:
+        return 0
+    except (*_UNREADABLE, x509.DuplicateExtension):
+        raise _refused("the revocation list has a number that cannot be read") from None
+
+
+def read_party(paper: Paper) -> tuple[str, Role, ec.EllipticCurvePublicKey]:
+    """The name, role and key that a certificate or a request for one states.
+
+    Raises:
+      ConfigError: It states none, several, or a key that is not on P-256.
+    """
+    try:
+        return _name(paper), _role(paper), _key_of(paper)
+    except _UNREADABLE as error:
+        raise ConfigError(str(error)) from None
+
+
 def read_certificate(path: Path) -> x509.Certificate:
     """A certificate from a PEM file.
 
@@ -182,28 +210,28 @@ def read_certificate(path: Path) -> x509.Certificate:
         raise ConfigError(f"{path}: not a certificate in PEM") from None
 
 
-def _name(certificate: x509.Certificate) -> str:
-    return _attribute(certificate, NameOID.COMMON_NAME)
+def _name(paper: Paper) -> str:
+    return _attribute(paper, NameOID.COMMON_NAME)
 
 
-def _role(certificate: x509.Certificate) -> Role:
-    role = _attribute(certificate, NameOID.ORGANIZATIONAL_UNIT_NAME)
+def _role(paper: Paper) -> Role:
+    role = _attribute(paper, NameOID.ORGANIZATIONAL_UNIT_NAME)
     if role == "site":
         return "site"
     if role == "coordinator":
         return "coordinator"
-    raise ValueError(role)
+    raise ValueError(f"the role is {role!r}, not site or coordinator")
 
 
-def _attribute(certificate: x509.Certificate, kind: x509.ObjectIdentifier) -> str:
-    found = certificate.subject.get_attributes_for_oid(kind)
+def _attribute(paper: Paper, kind: x509.ObjectIdentifier) -> str:
+    found = paper.subject.get_attributes_for_oid(kind)
     if len(found) != 1:
         raise ConfigError("a certificate names its owner once, and its role once")
     return str(found[0].value)
 
 
-def _key_of(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
-    key = certificate.public_key()
+def _key_of(paper: Paper) -> ec.EllipticCurvePublicKey:
+    key = paper.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ConfigError("a certificate's key is on the curve P-256")
     return key

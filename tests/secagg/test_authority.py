@@ -10,10 +10,17 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from common.authority import CERTIFICATE, KEY, Authority, write_key
 from common.errors import ConfigError
-from common.identity import Identity, check_certificate, read_revocation_list
+from common.identity import (
+    Identity,
+    Role,
+    check_certificate,
+    read_revocation_list,
+    revocation_number,
+)
 
 DER = serialization.Encoding.DER
 
@@ -56,6 +63,64 @@ def test_what_is_issued_is_no_authority_and_the_authority_signs_members_only(
     ]
 
 
+def uses(certificate: x509.Certificate) -> set[str]:
+    usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
+    assert usage.critical
+    named = {name.removeprefix("_") for name, is_set in vars(usage.value).items() if is_set}
+    return named - {"encipher_only", "decipher_only"}
+
+
+@pytest.mark.parametrize(
+    ("role", "purposes"),
+    [
+        ("site", {ExtendedKeyUsageOID.CLIENT_AUTH}),
+        ("coordinator", {ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH}),
+    ],
+)
+def test_a_certificate_says_what_its_key_is_for_and_whose_key_signed_it(
+    authority: Authority, now: datetime, role: Role, purposes: set[x509.ObjectIdentifier]
+) -> None:
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    issued = authority.issue("a", role, key, now, days=10)
+    extensions, ca = issued.extensions, authority.certificate.extensions
+    assert set(extensions.get_extension_for_class(x509.ExtendedKeyUsage).value) == purposes
+    assert uses(issued) == {"digital_signature"}
+    assert uses(authority.certificate) == {"key_cert_sign", "crl_sign"}
+    signer = ca.get_extension_for_class(x509.SubjectKeyIdentifier).value.digest
+    named = extensions.get_extension_for_class(x509.AuthorityKeyIdentifier).value
+    own = extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
+    assert named.key_identifier == signer
+    assert own == x509.SubjectKeyIdentifier.from_public_key(key)
+
+
+def test_hosts_stand_in_a_certificate_once_each_and_only_where_there_are_some(
+    tmp_path: Path, authority: Authority, now: datetime
+) -> None:
+    hosts = ["Fl.example.org", "127.0.0.1", "::1", "127.0.0.1", "fl.example.org"]
+    enrolled = authority.enrol("hub", "coordinator", tmp_path, now, days=9, hosts=hosts)
+    issued = x509.load_der_x509_certificate(enrolled.certificate)
+    names = issued.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert names.get_values_for_type(x509.DNSName) == ["fl.example.org"]
+    assert list(map(str, names.get_values_for_type(x509.IPAddress))) == ["127.0.0.1", "::1"]
+    without = authority.issue("a", "site", enrolled.key.public_key(), now, days=9)
+    with pytest.raises(x509.ExtensionNotFound):
+        without.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+    with pytest.raises(ConfigError, match="expected a DNS name or an IP address"):
+        authority.issue("a", "coordinator", without.public_key(), now, days=9, hosts=["a:1"])
+
+
+def test_no_certificate_outlives_its_authority(now: datetime) -> None:
+    authority = Authority.create("short-lived", now, days=10)
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    ends = [
+        authority.issue("a", "site", key, now, days=days).not_valid_after_utc - now
+        for days in (9, 10, 11, 100_000)
+    ]
+    assert ends == [timedelta(days=days) for days in (9, 10, 10, 10)]
+    with pytest.raises(ConfigError, match="make a new CA"):
+        authority.issue("a", "site", key, now + timedelta(days=10), days=1)
+
+
 def test_a_clock_that_is_five_minutes_late_is_no_reason_to_refuse(
     authority: Authority, now: datetime
 ) -> None:
@@ -71,6 +136,18 @@ def test_the_list_holds_exactly_who_was_revoked(authority: Authority, now: datet
     content = authority.revocation_list([12, 345], now, days=1)
     listed = read_revocation_list(content, authority.certificate, now)
     assert {entry.serial_number for entry in listed} == {12, 345}
+
+
+def test_a_list_has_its_number_and_remembers_since_when(
+    authority: Authority, now: datetime
+) -> None:
+    first = x509.load_der_x509_crl(authority.revocation_list([], now, days=1))
+    since = {12: now - timedelta(days=40)}
+    content = authority.revocation_list([12, 345], now, days=1, number=8, since=since)
+    listed = read_revocation_list(content, authority.certificate, now)
+    assert (revocation_number(first), revocation_number(listed)) == (1, 8)
+    dates = {entry.serial_number: entry.revocation_date_utc for entry in listed}
+    assert dates == {12: now - timedelta(days=40), 345: now - timedelta(minutes=5)}
 
 
 def test_an_authority_is_loaded_as_it_was_saved(
@@ -107,3 +184,12 @@ def test_a_key_is_readable_by_its_user_alone_even_where_a_file_was_before(tmp_pa
     assert mode_of(file) == 0o600
     loaded = serialization.load_pem_private_key(file.read_bytes(), password=None)
     assert loaded.private_numbers() == key.private_numbers()  # type: ignore[union-attr]
+
+
+def test_a_key_that_may_not_be_overwritten_is_not(tmp_path: Path) -> None:
+    file, key = tmp_path / "key.pem", ec.generate_private_key(ec.SECP256R1())
+    write_key(file, key, overwrite=False)
+    before = file.read_bytes()
+    with pytest.raises(FileExistsError):
+        write_key(file, ec.generate_private_key(ec.SECP256R1()), overwrite=False)
+    assert (file.read_bytes(), mode_of(file)) == (before, 0o600)

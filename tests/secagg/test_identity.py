@@ -26,7 +26,9 @@ from common.identity import (
     fingerprint,
     read_certificate,
     read_certified,
+    read_party,
     read_revocation_list,
+    revocation_number,
 )
 
 DER, PEM = serialization.Encoding.DER, serialization.Encoding.PEM
@@ -234,6 +236,14 @@ def test_a_certificate_is_good_in_its_time_only(
     assert error.value.rule == "R3"
 
 
+def test_whoever_ended_with_the_authority_is_not_told_to_renew(now: datetime) -> None:
+    authority = Authority.create("short-lived", now, days=1)
+    content = authority.issue("site-9", "site", new_key().public_key(), now, days=1)
+    nobody = x509.load_der_x509_crl(authority.revocation_list([], now, days=100))
+    with pytest.raises(RemoteProtocolError, match="of this site's CA is valid from"):
+        check_certificate(content.public_bytes(DER), authority.certificate, nobody, now + 2 * DAY)
+
+
 def test_nothing_is_believed_of_an_authority_that_expired(now: datetime) -> None:
     authority = Authority.create("short-lived", now, days=1)
     certificate = authority.issue("site-9", "site", new_key().public_key(), now, days=100)
@@ -319,6 +329,41 @@ def test_a_list_that_is_stale_or_of_the_future_is_refused(
     with pytest.raises(RemoteProtocolError, match="fetch a fresh one") as error:
         read_revocation_list(content, maker.authority.certificate, then)
     assert error.value.rule == "R3"
+
+
+def test_a_list_without_a_number_counts_as_number_zero(maker: Maker) -> None:
+    assert revocation_number(x509.load_der_x509_crl(maker.revocation_list())) == 0
+
+
+@pytest.mark.parametrize("number", [1, 2, 255, 256, 2**40])
+def test_the_number_of_a_list_is_read(maker: Maker, number: int) -> None:
+    content = maker.authority.revocation_list([5], maker.now, days=1, number=number)
+    assert revocation_number(x509.load_der_x509_crl(content)) == number
+
+
+def test_a_number_that_cannot_be_read_is_refused(maker: Maker) -> None:
+    content = maker.authority.revocation_list([], maker.now, days=1, number=77)
+    encoded = bytes.fromhex("0603551d140403" + "02014d")  # the extension, then INTEGER 77
+    assert content.count(encoded) == 1
+    text = x509.load_der_x509_crl(content.replace(encoded, encoded[:-3] + bytes.fromhex("0c014d")))
+    with pytest.raises(RemoteProtocolError, match="number that cannot be read") as error:
+        revocation_number(text)
+    assert error.value.rule == "R3"
+
+
+@pytest.mark.parametrize("role", ["site", "coordinator"])
+def test_a_request_and_a_certificate_state_the_same_party(maker: Maker, role: str) -> None:
+    subject = x509.Name([x509.NameAttribute(NAME, "st-olav"), x509.NameAttribute(ROLE, role)])
+    request = x509.CertificateSigningRequestBuilder(subject).sign(maker.member, hashes.SHA256())
+    content = maker.certificate((NAME, "st-olav"), (ROLE, role), key=maker.member)
+    expected = ("st-olav", role, maker.member.public_key())
+    assert read_party(request) == read_party(x509.load_der_x509_certificate(content)) == expected
+
+
+@pytest.mark.parametrize("title", ["no name", "two roles", "a role in capitals", "an RSA key"])
+def test_a_party_that_is_none_is_a_mistake_in_a_file(maker: Maker, title: str) -> None:
+    with pytest.raises(ConfigError, match=r"once|'SITE'|P-256"):
+        read_party(x509.load_der_x509_certificate(BAD_FORM[title](maker)))
 
 
 def alterations(content: bytes) -> Iterator[bytes]:
