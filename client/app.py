@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from flwr.app import Context, Error, Message
@@ -23,6 +25,7 @@ from common.errors import (
     DataError,
     FederationError,
     PolicyError,
+    VersionMismatch,
 )
 from common.messages import Greeting, Introduction, Reason, Refusal
 from common.messages import Message as Reply
@@ -36,6 +39,7 @@ REASONS: dict[type[FederationError], Reason] = {
     BudgetExhausted: Reason.BUDGET,
     DataError: Reason.DATA,
     PolicyError: Reason.POLICY,
+    VersionMismatch: Reason.VERSION,
 }
 
 log = logging.getLogger("consilium.site")
@@ -44,12 +48,17 @@ app = ClientApp()
 
 @app.query()
 def on_message(message: Message, context: Context) -> Message:
+    """Answer one message of a simulation."""
+    return reply_to(message, partial(_answer, context=context))
+
+
+def reply_to(message: Message, answered: Callable[[Reply], Reply]) -> Message:
     """Answer one message; whatever goes wrong, only a fixed word leaves the site."""
     try:
-        return Message(wire.pack(_answer(message, context)), reply_to=message)
+        return Message(wire.pack(answered(wire.unpack(message.content))), reply_to=message)
     except FederationError as error:
         log.error("refused: %s: %s", type(error).__name__, error)  # noqa: TRY400 - no traceback
-        reason = REASONS.get(type(error), Reason.PROTOCOL)
+        reason = reason_of(error)
         return Message(wire.pack(Refusal(run=_run_of(message), reason=reason)), reply_to=message)
     except Exception:
         # An exception's text may hold a path or a patient: it must not travel.
@@ -57,8 +66,13 @@ def on_message(message: Message, context: Context) -> Message:
         return Message(Error(code=UNEXPECTED, reason="see the site's log"), reply_to=message)
 
 
-def _answer(message: Message, context: Context) -> Reply:
-    request = wire.unpack(message.content)
+def reason_of(error: FederationError) -> Reason:
+    """The one word that leaves the site."""
+    words = (word for kind, word in REASONS.items() if isinstance(error, kind))
+    return next(words, Reason.PROTOCOL)
+
+
+def _answer(request: Reply, context: Context) -> Reply:
     index = int(context.node_config["partition-id"])
     if isinstance(request, Greeting):
         return Introduction(index)

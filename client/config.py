@@ -137,7 +137,7 @@ def simulated_table(
 
 
 class Certificates(Frozen):
-    """Where the site's certificates lie; used by the deployment."""
+    """The site's certificate and key, and the consortium's CA."""
 
     ca: RelativePath
     cert: RelativePath
@@ -151,10 +151,13 @@ class Policy(Frozen):
     max_epsilon: Positive | None = None  # of one study
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_rounds: Count | None = None
-    min_sites: Annotated[int, Field(ge=3)] = 3
+    min_sites: Annotated[int, Field(ge=3)] = 3  # in every sum
+    min_threshold: Annotated[int, Field(ge=3)] = 3  # sites that must help to unmask a sum
     min_patients: Count = 1  # declared by this site
     allow_seeded_randomness: bool = False
-    allow_no_privacy: bool = True
+    allow_no_privacy: bool = False
+    require_approval: bool = True
+    """Whether a person here must have approved a study; without it, this table alone decides."""
 
 
 class SiteConfig(Frozen):

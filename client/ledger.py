@@ -8,6 +8,7 @@ because nothing of the first attempt had left.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from dataclasses import asdict
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from client.config import Budget
 from common.accounting import Event, epsilon_of
+from common.audit import GENESIS
 from common.errors import BudgetExhausted, DataError
 
 
@@ -91,9 +93,26 @@ class Ledger:
         """What one run was charged."""
         return [event for (name, _), event in self._events().items() if name == run]
 
+    def head(self) -> str:
+        """SHA-256 over every line: what stands for this ledger in a statement; 64 hex digits."""
+        content = self._content()
+        return hashlib.sha256(content).hexdigest() if content else GENESIS
+
+    def holds(self, head: str) -> bool:
+        """Whether this was ever the head: not so after a cut or a return to an older copy."""
+        digest = hashlib.sha256()
+        heads = {GENESIS}
+        for line in self._content().splitlines(keepends=True):
+            digest.update(line)
+            heads.add(digest.hexdigest())
+        return head in heads
+
+    def _content(self) -> bytes:
+        return self._path.read_bytes() if self._path.exists() else b""
+
     def _events(self) -> dict[tuple[str, int], Event]:
         """Every charge by (run, sum number), read from disk: another process may have written."""
-        content = self._path.read_bytes() if self._path.exists() else b""
+        content = self._content()
         if content and not content.endswith(b"\n"):
             raise self._damaged()
         try:

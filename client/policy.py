@@ -16,7 +16,7 @@ def check_policy(policy: Policy, study: Study, declared_patients: int | None) ->
     Raises:
       PolicyError: With every rule that the study breaks, its value and the site's.
     """
-    if broken := list(_broken(policy, study, declared_patients)):
+    if broken := list(broken_rules(policy, study, declared_patients)):
         rules = "; ".join(broken)
         raise PolicyError(f"study {study.name}: {rules}; the site's owner decides on [policy]")
 
@@ -38,13 +38,14 @@ def check_unit(data: Data, study: Study) -> None:
         )
 
 
-def _broken(policy: Policy, study: Study, declared: int | None) -> Iterator[str]:
+def broken_rules(policy: Policy, study: Study, declared: int | None) -> Iterator[str]:
+    """Every rule of the policy that a study breaks, with both values."""
     if study.task.kind not in policy.allowed_tasks:
         yield f"task {study.task.kind} is not in allowed_tasks"
     if policy.max_rounds is not None and study.num_rounds > policy.max_rounds:
         yield f"{study.num_rounds} rounds, max_rounds is {policy.max_rounds}"
-    if study.cohort.min_sites < policy.min_sites:
-        yield f"cohort.min_sites {study.cohort.min_sites}, min_sites is {policy.min_sites}"
+    if study.members and len(study.members) < policy.min_sites:
+        yield f"{len(study.members)} members, min_sites is {policy.min_sites}"
     if declared is not None and declared < policy.min_patients:
         yield f"{declared} declared patients, min_patients is {policy.min_patients}"
     if isinstance(study.privacy, NoPrivacy):

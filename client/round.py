@@ -9,7 +9,9 @@ from client.session import Session
 from client.site import Site
 from client.train import learning_rate, train, train_privately
 from client.unmasking import unmask, vote
-from common.errors import DataError, RemoteProtocolError
+from common.audit import MAX_VALUE_CHARS
+from common.errors import DataError, FederationError, PolicyError, RemoteProtocolError
+from common.facts import facts_of
 from common.manifest import Manifest, check_manifest, check_members, plan_epoch
 from common.messages import (
     Invitation,
@@ -27,6 +29,8 @@ from common.quantize import only_counts, quantize
 from common.tasks import SegmentationTask
 from common.update import LocalUpdate
 
+COORDINATOR = "coordinator"  # the only peer a site ever hears
+
 
 def answer(message: Message, site: Site) -> Message:
     """Answer one message of the coordinator; a refused one is kept as evidence.
@@ -34,11 +38,18 @@ def answer(message: Message, site: Site) -> Message:
     Raises:
       FederationError: The site does not answer; the reason stays at the site.
     """
+    about = {"study": site.study.name, "peer": COORDINATOR}
+    site.audit.append("received", **about, **facts_of(message))
     try:
-        return _answer(message, site)
-    except RemoteProtocolError as error:
-        site.evidence.keep(message, error, now=site.now())
+        reply = _answer(message, site)
+    except FederationError as error:
+        reason = f"{type(error).__name__}: {error}"[:MAX_VALUE_CHARS]
+        site.audit.append("refused", **about, rule=error.rule, reason=reason)
+        if isinstance(error, RemoteProtocolError):
+            site.evidence.keep(message, error, now=site.now())
         raise
+    site.audit.append("sent", **about, **facts_of(reply))
+    return reply
 
 
 def _answer(message: Message, site: Site) -> Message:
@@ -72,14 +83,39 @@ def answer_invitation(invitation: Invitation, site: Site) -> SiteKeys:
             manifest,
             site=site.name,
             approved=party.trust.members,
-            min_sites=site.study.cohort.min_sites,
+            min_sites=max(site.study.cohort.min_sites, site.policy.min_sites),
         )
+        check_books(manifest, site)
         expected = plan_epoch(
             site.study, site.network.schema, site.task, manifest, first_model=site.first_model
         )
         check_manifest(manifest, expected, now=int(party.now.timestamp()))
+        if manifest.threshold < site.policy.min_threshold:
+            raise PolicyError(
+                f"{manifest.threshold} sites can unmask a sum, min_threshold is "
+                f"{site.policy.min_threshold}; the site's owner decides on [policy]"
+            )
 
     return enrolment.join(invitation, site.journal, party, approve)
+
+
+def check_books(manifest: Manifest, site: Site) -> None:
+    """Refuse to go on where this site's books no longer hold what it once stated about them.
+
+    Raises:
+      DataError: R6. Lines were cut off, or an older copy was put back.
+    """
+    stated = next(member for member in manifest.members if member.name == site.name)
+    for book, holds, head in (
+        ("audit log", site.audit.holds, stated.audit),
+        ("ledger", site.ledger.holds, stated.ledger),
+    ):
+        if not holds(head):
+            raise DataError(
+                f"the {book} does not hold the head {head[:12]}... that this site stated before: "
+                "lines were cut off, or an older copy was put back; restore the newest one",
+                rule="R6",
+            )
 
 
 def take_part(task: RoundTask, session: Session, site: Site) -> Upload:
@@ -123,7 +159,7 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
         weight_cap=session.manifest.weight_cap,
         ring=session.manifest.ring,
     )
-    return session.mask(quantized, site.statement(session.manifest.run))
+    return session.mask(quantized, site.statement(session.manifest.run, task.sum_number))
 
 
 def local_update(task: RoundTask, site: Site) -> LocalUpdate:
@@ -158,4 +194,4 @@ def score(task: RoundTask, session: Session, site: Site) -> Upload:
     if task.purpose == Purpose.TEST and isinstance(site.task, SegmentationTask):
         keep_example(task.model, samples, site.state_dir, network=site.network, task=site.task)
     counted = only_counts(counts, site.weight, len(task.exponents))
-    return session.mask(counted, site.statement(session.manifest.run))
+    return session.mask(counted, site.statement(session.manifest.run, task.sum_number))

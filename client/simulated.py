@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from client.config import Budget, simulated_table
+from client.config import simulated_table
 from client.dataset import (
     Deal,
     Samples,
@@ -19,22 +19,12 @@ from client.dataset import (
 )
 from client.images import Images, Scans
 from client.policy import check_unit
-from client.site import Site, open_site, pick_device
+from client.site import Site, Source, open_site, pick_device
 from common.errors import ConfigError
 from common.roster import Credentials
 from common.simulation import Simulation
 from common.study import Study
 from common.throwaway import issue_identities, site_credentials
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where one simulated site has its images; nothing is opened yet but file names and labels."""
-
-    data_name: str
-    num_units: int  # what the site declares: training patients, or images where they are the unit
-    budget: Budget | None
-    load: Callable[[], SiteData]
 
 
 def source_of(study: Study, simulation: Simulation, index: int) -> Source:
@@ -79,7 +69,7 @@ def simulated_site(
         study,
         run_dir=run_dir,
         device=device,
-        credentials=site_credentials(run_dir, names[index], names),
+        credentials=partial(site_credentials, run_dir, names[index], names),
     )
 
 
@@ -90,16 +80,13 @@ def site_over(
     *,
     run_dir: Path,
     device: str,
-    credentials: Credentials | None = None,
+    credentials: Callable[[], Credentials] | None = None,
 ) -> Site:
     """A simulated site over these images; without credentials it can only train alone."""
     return open_site(
         name,
         study,
-        source.load,
-        data_name=source.data_name,
-        weight=source.num_units,
-        budget=source.budget,
+        source,
         state_dir=run_dir / "sites" / name,
         device=pick_device(device),
         credentials=credentials,

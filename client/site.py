@@ -8,16 +8,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from client.clipping import check_engine, check_layers
-from client.config import Budget
+from client.config import Budget, Policy
 from client.dataset import SiteData
 from client.journal import Journal
 from client.ledger import Ledger
 from client.noise import Keystream
 from client.session import Party
+from common.audit import AuditLog
 from common.errors import ConfigError, LocalProtocolError
 from common.evidence import Evidence
 from common.models.build import build_network, digest_of_weights
@@ -28,9 +30,21 @@ from common.statement import Statement
 from common.study import Study
 from common.tasks import Task, task_of
 
+AUDIT = "audit.jsonl"  # in a site's folder
+
 
 def _utc_now() -> datetime:
     return datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a site has its images; nothing is opened yet but, at most, file names and labels."""
+
+    data_name: str
+    num_units: int  # what the site declares: training patients, or images where they are the unit
+    budget: Budget | None
+    load: Callable[[], SiteData]
 
 
 @dataclass(frozen=True)
@@ -47,8 +61,10 @@ class Site:
     ledger: Ledger
     plan: PrivacyPlan | None  # None in a study without privacy
     load: Callable[[], SiteData]
-    state_dir: Path  # on this site's disk: journal, ledgers, evidence, its own example
-    credentials: Credentials | None = None  # None: it trains alone and sends nothing
+    state_dir: Path  # on this site's disk: journal, evidence, its own example
+    home: Path  # what all studies of this site have in common: ledgers and the audit log
+    credentials: Callable[[], Credentials] | None = None  # None: it trains alone, sends nothing
+    policy: Policy = Policy()
     now: Callable[[], datetime] = _utc_now
 
     def party(self) -> Party:
@@ -59,12 +75,18 @@ class Site:
         """
         if self.credentials is None:
             raise LocalProtocolError(f"{self.name} trains alone: it has no certificate")
-        return Party(self.credentials.identity, self.credentials.trust, self.now())
+        known = self.credentials()  # read anew: a certificate may have been renewed
+        return Party(known.identity, known.trust, self.now())
 
     @property
     def evidence(self) -> Evidence:
         """What this site refused."""
         return Evidence(self.state_dir)
+
+    @functools.cached_property
+    def audit(self) -> AuditLog:
+        """What this site received, decided and sent."""
+        return AuditLog(self.home / AUDIT, self.now)
 
     @functools.cached_property
     def data(self) -> SiteData:
@@ -83,24 +105,38 @@ class Site:
             return Keystream.from_seed(self.study.seed, self._index, sum_number)
         return Keystream.from_os()
 
-    def statement(self, run: str) -> str:
-        """This run's spending so far, as JSON; empty in a study without privacy."""
+    def spending(self, run: str) -> dict[str, Any]:
+        """What this run has spent so far, and how; empty in a study without privacy."""
         if self.plan is None:
-            return ""
+            return {}
         steps = sum(event.steps for event in self.ledger.events_of(run))
         event, terms = self.plan.event, self.plan.terms
-        return Statement(
+        return {
+            "epsilon": self.plan.epsilon_of_steps(steps),
+            "delta": terms.delta,
+            "unit": terms.unit,
+            "noise_multiplier": event.noise_multiplier,
+            "sampling_probability": event.sampling_probability,
+            "steps": steps,
+            "accountant": "prv",
+            "randomness": terms.randomness,
+        }
+
+    def statement(self, run: str, sum_number: int) -> str:
+        """The same, signed, as JSON; empty in a study without privacy."""
+        spending = self.spending(run)
+        if not spending:
+            return ""
+        stated = Statement(
+            **spending,
             run=run,
+            study=self.study.digest(),
             site=self.name,
-            epsilon=self.plan.epsilon_of_steps(steps),
-            delta=terms.delta,
-            unit=terms.unit,
-            noise_multiplier=event.noise_multiplier,
-            sampling_probability=event.sampling_probability,
-            steps=steps,
-            accountant="prv",
-            randomness=terms.randomness,
-        ).model_dump_json()
+            sum_number=sum_number,
+            audit=self.audit.head(),
+            ledger=self.ledger.head(),
+        )
+        return stated.signed(self.party().identity).model_dump_json()
 
     @property
     def _index(self) -> int:
@@ -123,14 +159,13 @@ def pick_device(name: str) -> torch.device:
 def open_site(
     name: str,
     study: Study,
-    load: Callable[[], SiteData],
+    source: Source,
     *,
-    data_name: str,
-    weight: int,
-    budget: Budget | None,
     state_dir: Path,
     device: torch.device,
-    credentials: Credentials | None = None,
+    home: Path | None = None,
+    credentials: Callable[[], Credentials] | None = None,
+    policy: Policy | None = None,
 ) -> Site:
     """Put a site together; no image is opened.
 
@@ -141,11 +176,12 @@ def open_site(
     """
     if name not in study.site_names:
         raise ConfigError(f"{name} is not a member of study {study.name}")
-    cap = study.aggregation.weight_cap
+    weight, cap = source.num_units, study.aggregation.weight_cap
     if weight > cap:
         raise ConfigError(f"{name} declares {weight} patients, aggregation.weight_cap is {cap}")
     torch.set_num_threads(study.torch_threads)
     network, plan = build_network(study, device), plan_privacy(study, weight)
+    home = home or state_dir
     site = Site(
         name=name,
         study=study,
@@ -155,14 +191,18 @@ def open_site(
         first_model=digest_of_weights(network),
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
-        ledger=Ledger(state_dir / "ledgers" / f"{data_name}.jsonl", data_name, budget),
+        ledger=Ledger(
+            home / "ledgers" / f"{source.data_name}.jsonl", source.data_name, source.budget
+        ),
         plan=plan,
-        load=load,
+        load=source.load,
         state_dir=state_dir,
+        home=home,
         credentials=credentials,
+        policy=policy or Policy(),
     )
     if plan is not None:
-        check_private_training(site, plan, budget)
+        check_private_training(site, plan, source.budget)
     return site
 
 

@@ -64,6 +64,12 @@ class RemoteProtocolError(ProtocolError):
     who_acts = "The peer's operator: the message is refused and kept as evidence."
 
 
+class VersionMismatch(RemoteProtocolError):  # noqa: N818 - what it is
+    """The coordinator runs another version of this program."""
+
+    who_acts = "Both sides install the same version."
+
+
 class PolicyError(FederationError):
     """The study asks for what this site does not permit."""
 

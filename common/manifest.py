@@ -15,8 +15,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from common.audit import GENESIS
 from common.config import Frozen, parse_message
-from common.errors import RemoteProtocolError
+from common.errors import RemoteProtocolError, VersionMismatch
 from common.models.flat import Schema
 from common.quantize import Ring, first_exponents
 from common.secagg.encoding import digest
@@ -33,10 +34,16 @@ Seconds = Annotated[int, Field(ge=0, lt=1 << 40)]  # since 1970
 
 
 class KeyedMember(Frozen):
-    """A member and the fingerprint of its public key."""
+    """A member, the fingerprint of its public key, and what it last stated about its own books.
+
+    The heads come back to the site that stated them: where its audit log or its ledger does not
+    hold them, lines were cut off or an older copy was put back.
+    """
 
     name: Name
     key: Digest
+    audit: Digest = GENESIS
+    ledger: Digest = GENESIS
 
 
 class Opening(Frozen):
@@ -180,6 +187,9 @@ def check_manifest(proposed: Manifest, expected: Manifest, *, now: int) -> None:
     ours, theirs = expected.model_dump(), proposed.model_dump()
     if wrong := [key for key in ours if ours[key] != theirs[key]]:
         lines = ", ".join(f"{key} is {theirs[key]}, expected {ours[key]}" for key in wrong)
+        if wrong == ["code"]:
+            text = f"the manifest is not this study's: {lines}; install one version on both sides"
+            raise VersionMismatch(text, rule="R2")
         raise _refused(f"the manifest is not this study's: {lines}")
     check_window(proposed, now=now)
 

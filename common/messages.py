@@ -42,12 +42,17 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Greeting:
-    """The coordinator asks a node of Flower's which site it is; node ids are random."""
+    """The coordinator asks a node of Flower's which site it is; node ids are random.
+
+    In a deployment it brings the study, so that people can read it; who approved it takes part.
+    """
+
+    study: str = ""  # JSON of common.study.Study; empty in a simulation
 
 
 @dataclass(frozen=True)
 class Introduction:
-    """A simulated site's place among the members."""
+    """A site's place among the members: it will take part."""
 
     index: int
 

@@ -10,8 +10,15 @@ from pathlib import Path
 
 from cryptography import x509
 
+from common.disk import replace_file
 from common.errors import ConfigError, RemoteProtocolError
-from common.identity import Certified, Identity, check_certificate, read_revocation_list
+from common.identity import (
+    Certified,
+    Identity,
+    check_certificate,
+    read_revocation_list,
+    revocation_number,
+)
 from common.manifest import Manifest
 from common.messages import Encapsulated, Invitation, Roster, SiteKeys
 from common.secagg.keys import (
@@ -32,6 +39,26 @@ class Trust:
     ca: x509.Certificate
     members: Mapping[str, str]  # approved fingerprints by name, in the study's order
     coordinator: str  # fingerprint
+    newest_list: Path | None = None  # the newest revocation list that this party has seen
+
+    def revoked_by(self, content: bytes, now: datetime) -> x509.CertificateRevocationList:
+        """Read a revocation list that came, and remember it if it is the newest.
+
+        Raises:
+          RemoteProtocolError: R3. It is not valid now, or an older one than this party has seen:
+            whom the newer one names would be let in again.
+        """
+        listed = read_revocation_list(content, self.ca, now)
+        if self.newest_list is None:
+            return listed
+        number = revocation_number(listed)
+        seen = self.newest_list.read_bytes() if self.newest_list.exists() else b""
+        newest = revocation_number(x509.load_der_x509_crl(seen)) if seen else -1
+        if number < newest:
+            raise _refused(f"revocation list {number} came, this site has seen number {newest}")
+        if number > newest:
+            replace_file(self.newest_list, content)
+        return listed
 
 
 @dataclass(frozen=True)
@@ -70,7 +97,7 @@ def check_invitation(
     Raises:
       RemoteProtocolError: R3.
     """
-    revoked = read_revocation_list(invitation.revoked, trust.ca, now)
+    revoked = trust.revoked_by(invitation.revoked, now)
     coordinator = check_certificate(invitation.certificate, trust.ca, revoked, now)
     if coordinator.role != "coordinator":
         raise _refused(f"{coordinator.name} is certified as a {coordinator.role}")
@@ -126,7 +153,7 @@ def check_roster(
     )
     if any(len(entries) != len(manifest.members) for entries in lists):
         raise _refused("the roster does not hold exactly the manifest's members")
-    revoked = read_revocation_list(roster.revoked, trust.ca, now)
+    revoked = trust.revoked_by(roster.revoked, now)
     certified = tuple(
         check_site_keys(roster.keys_of(site), manifest, trust, revoked, now)
         for site in range(len(manifest.members))
@@ -144,7 +171,7 @@ def check_still_certified(
     Raises:
       RemoteProtocolError: R3, naming the member; a new epoch goes on without it.
     """
-    listed = read_revocation_list(revoked, trust.ca, now)
+    listed = trust.revoked_by(revoked, now)
     for certificate in certificates:
         check_certificate(certificate, trust.ca, listed, now)
 

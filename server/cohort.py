@@ -9,11 +9,12 @@ from cryptography import x509
 
 from common.errors import RemoteProtocolError, RoundAborted
 from common.identity import check_certificate, read_revocation_list
-from common.manifest import KeyedMember, Manifest, Opening, smallest_epoch
+from common.manifest import Manifest, Opening, smallest_epoch
 from common.messages import Reason
 from common.study import Study
 from server.epoch import Epoch, exchange_keys
 from server.exchange import Exchange
+from server.heads import Heads
 from server.run_dir import RunDir
 from server.secure_sum import Total, Void
 
@@ -34,11 +35,13 @@ class Cohort:
         exchange: Exchange,
         run_dir: RunDir,
         plan: Callable[[Opening], Manifest],
+        heads: Heads,
     ) -> None:
         self._study = study
         self._exchange = exchange
         self._run_dir = run_dir
         self._plan = plan
+        self._heads = heads
         self._excluded = run_dir.excluded()
         self._absent: dict[str, int] = {}  # sums until a site is invited again, or NEVER
 
@@ -119,7 +122,7 @@ class Cohort:
             opening = Opening(
                 run=run,
                 epoch=number,
-                members=tuple(KeyedMember(name=name, key=approved[name]) for name in members),
+                members=tuple(self._heads.member(name, approved[name]) for name in members),
                 coordinator=self._exchange.credentials.identity.fingerprint,
                 valid_from=now - CLOCKS_DIFFER_S,
                 valid_until=now + self._lifetime_s(),

@@ -180,6 +180,8 @@ def _check(
         raise RemoteProtocolError("an upload is not what its header binds", rule="R11")
     if reply.statement:
         statement = Statement.parse(reply.statement)
-        if (statement.site, statement.run) != (epoch.members[site].name, manifest.run):
-            raise RemoteProtocolError(f"the privacy statement of {statement.site} came")
+        said = (statement.site, statement.run, statement.study, statement.sum_number)
+        if said != (epoch.members[site].name, manifest.run, manifest.study, sum_number):
+            raise RemoteProtocolError(f"a statement of {statement.site} about another sum came")
+        statement.check_signed(epoch.members[site].key)
     return reply

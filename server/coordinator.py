@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from common.audit import AuditLog
 from common.errors import RoundAborted
 from common.evidence import Evidence
 from common.manifest import plan_epoch
@@ -19,13 +20,15 @@ from common.messages import Purpose, RoundTask
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork, Schema
 from common.roster import CoordinatorCredentials
+from common.statement import Statement
 from common.study import DifferentialPrivacy, Study
 from common.tasks import Figures, Task, task_of
 from server.cohort import Cohort
 from server.epoch import Epoch
-from server.exchange import Exchange
+from server.exchange import Exchange, utc_now
+from server.heads import Heads
 from server.network import Network
-from server.run_dir import RunDir
+from server.run_dir import AUDIT, RunDir
 from server.secure_sum import Total, Void, secure_sum
 from server.state import (
     State,
@@ -40,6 +43,16 @@ from server.state import (
 from server.transcript import ObservedNetwork
 
 Summary = dict[str, Any]
+IN_SUMMARY = (  # of a site's last statement
+    "epsilon",
+    "delta",
+    "unit",
+    "noise_multiplier",
+    "sampling_probability",
+    "steps",
+    "accountant",
+    "randomness",
+)
 
 
 class Observer(Protocol):
@@ -76,19 +89,27 @@ class Coordinator:
         run_dir: RunDir,
         observer: Observer,
         credentials: CoordinatorCredentials,
+        heads: Heads,
     ) -> None:
         self.study = study
         self.run_dir = run_dir
         self.observer = observer
         self.network = ObservedNetwork(network, run_dir.path)
-        self.exchange = Exchange(self.network, credentials, Evidence(run_dir.path))
+        self.audit = AuditLog(run_dir.path / AUDIT, utc_now)
+        self.exchange = Exchange(self.network, credentials, Evidence(run_dir.path), self.audit)
         self.task: Task = task_of(study)
         self.first: FlatNetwork = build_network(study)
         self.schema: Schema = self.first.schema
         plan = partial(
             plan_epoch, study, self.schema, self.task, first_model=digest_of_weights(self.first)
         )
-        self.cohort = Cohort(study, self.exchange, run_dir, plan)
+        self.heads = heads
+        self.cohort = Cohort(study, self.exchange, run_dir, plan, heads)
+
+    def keep(self, statements: Sequence[Statement]) -> None:
+        """File what sites stated, and remember the heads of their books."""
+        self.run_dir.save_statements(statements)
+        self.heads.keep(statements, self.exchange.credentials.trust.members)
 
 
 def run(
@@ -97,6 +118,7 @@ def run(
     run_dir: RunDir,
     observer: Observer,
     credentials: CoordinatorCredentials,
+    heads: Heads | None = None,
 ) -> Summary:
     """Train one global model, score it and write the summary.
 
@@ -106,6 +128,7 @@ def run(
       run_dir: Where the run is kept; one with finished rounds is continued.
       observer: Told of every round.
       credentials: The coordinator's key, and whom it believes.
+      heads: What sites stated about their books in earlier runs; a simulation keeps its own.
 
     Returns:
       What ``summary.json`` holds.
@@ -117,7 +140,9 @@ def run(
         if not run_dir.is_sealed:
             run_dir.seal()  # the last step of a run, and the only one a crash may have left out
         return done
-    this = Coordinator(study, network, run_dir, observer, credentials)
+    heads = heads or Heads(run_dir.path)
+    this = Coordinator(study, network, run_dir, observer, credentials, heads)
+    this.audit.append("started", study=study.name, digest=study.digest())
     epoch = this.cohort.resume()
     state = run_dir.latest(this.schema)
     if state is None:
@@ -134,7 +159,7 @@ def run(
         else:
             figures = this.task.figures(total.counts)
             run_dir.save_counts(f"validation-{state.round_number:04d}", total.counts)
-            run_dir.save_statements(total.statements)
+            this.keep(total.statements)
             before, state = (
                 state,
                 state.step(total, figures, study, epoch.manifest, this.schema.sizes),
@@ -209,7 +234,7 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
             "final": final,
         },
         "privacy": {
-            statement.site: statement.model_dump(exclude={"run", "site"})
+            statement.site: statement.model_dump(include=set(IN_SUMMARY))
             for statement in this.run_dir.statements()
         },
         "wall_s": {
@@ -224,6 +249,7 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     }
     this.run_dir.save_summary(summary)
     this.run_dir.drop_pending()
+    this.audit.append("finished", study=this.study.name, final_model=digest)
     this.run_dir.seal()
     return summary
 
@@ -238,7 +264,7 @@ def evaluated(
         this.run_dir.save_state(state)
         epoch, state = renew_if_members_changed(this, epoch, state, total)
     task = total.task
-    this.run_dir.save_statements(total.statements)
+    this.keep(total.statements)
     line = sum_line(total, time.perf_counter() - started)
     if task.purpose == Purpose.TEST:
         this.run_dir.save_evaluation("test", total.counts, line)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from common.audit import MAX_VALUE_CHARS, AuditLog
 from common.errors import RemoteProtocolError
 from common.evidence import Evidence
+from common.facts import facts_of
 from common.messages import Message, Reason, Refusal
 from common.roster import CoordinatorCredentials
 from server.network import Enough, Network, never
@@ -18,7 +20,8 @@ Keep = Callable[[int, Message], None]  # site, reply; raises RemoteProtocolError
 log = logging.getLogger("consilium.coordinator")
 
 
-def _utc_now() -> datetime:
+def utc_now() -> datetime:
+    """The coordinator's clock."""
     return datetime.now(UTC)
 
 
@@ -29,7 +32,8 @@ class Exchange:
     network: Network
     credentials: CoordinatorCredentials
     evidence: Evidence
-    now: Callable[[], datetime] = _utc_now
+    audit: AuditLog
+    now: Callable[[], datetime] = utc_now
 
     def ask_all(
         self,
@@ -51,9 +55,13 @@ class Exchange:
         """
         missing = dict.fromkeys(messages, SILENT)
         answered = set()
+        for site, message in messages.items():
+            self.audit.append("sent", peer=site, **facts_of(message))
         for site, reply in self.network.ask(messages, enough):
+            self.audit.append("received", peer=site, **facts_of(reply))
             if isinstance(reply, Refusal):
                 missing[site] = reply.reason.value
+                log.warning("%s refuses: %s", site, reply.reason.value)
                 continue
             if site in answered or site not in messages:
                 continue  # the first answer counts
@@ -63,6 +71,8 @@ class Exchange:
             except RemoteProtocolError as error:
                 log.error("%s: %s", site, error)  # noqa: TRY400 - a sentence, not a traceback
                 self.evidence.keep(reply, error, now=self.now(), by=site)
+                reason = str(error)[:MAX_VALUE_CHARS]
+                self.audit.append("refused", peer=site, rule=error.rule, reason=reason)
                 missing[site] = Reason.PROTOCOL.value
             else:
                 missing.pop(site, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from common.study import Study
 from server.secure_sum import Void
@@ -31,6 +33,10 @@ class ConsoleObserver:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+    def waiting(self, study: Study) -> Readiness:
+        """Before a deployed run: who is there."""
+        return Readiness(self._console, study)
 
     def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
         """Announce the run; on a terminal, open the bar."""
@@ -82,6 +88,46 @@ class ConsoleObserver:
     def _update(self, **changes: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], **changes)
+
+
+class Readiness:
+    """Who is connected and ready: a live table on a terminal, a line per change elsewhere."""
+
+    def __init__(self, console: Console, study: Study) -> None:
+        self._console = console
+        self._states: dict[str, str] = {}
+        self._live: Live | None = None
+        console.print(f"study {study.name}: waiting for {len(study.members)} sites")
+
+    def show(self, states: Mapping[str, str]) -> None:
+        """The state of every member now."""
+        if states == self._states:
+            return
+        if self._console.is_terminal:
+            if self._live is None:
+                self._live = Live(console=self._console, transient=True)
+                self._live.start()
+            self._live.update(_table(states))
+        else:
+            for name, state in states.items():
+                if state != self._states.get(name, "not connected"):
+                    self._console.print(f"{name}: {state}")
+        self._states = dict(states)
+
+    def done(self, states: Mapping[str, str]) -> None:
+        """The run starts."""
+        if self._live is not None:
+            self._live.stop()
+        ready = [name for name, state in states.items() if state == "ready"]
+        self._console.print(f"ready: {', '.join(ready)} ({len(ready)} of {len(states)})")
+
+
+def _table(states: Mapping[str, str]) -> Table:
+    table = Table("site", "state")
+    for name, state in states.items():
+        colour = {"ready": "green", "not connected": "dim"}.get(state, "yellow")
+        table.add_row(name, f"[{colour}]{state}[/]")
+    return table
 
 
 def figures_line(figures: dict[str, Any]) -> str:

@@ -51,7 +51,9 @@ PRIVACY = "privacy"
 SUMMARY = "summary.json"
 FINAL = "final.safetensors"
 SUMS = "SHA256SUMS"
+AUDIT = "audit.jsonl"
 LOCK = ".lock"
+SUPERLINK = ".superlink"  # what Flower's process writes; gone at the end of a run
 
 
 class RunDir:
@@ -239,16 +241,25 @@ class RunDir:
             np.save(file, counts)
 
     def save_statements(self, statements: Iterable[Statement]) -> None:
-        """Keep each site's latest privacy statement."""
+        """Add to each site's signed privacy statements, one for every sum it was part of."""
         for statement in statements:
             (self.path / PRIVACY).mkdir(exist_ok=True)
-            text = statement.model_dump_json(indent=2) + "\n"
+            before = self.all_statements().get(statement.site, [])
+            kept = [one for one in before if one.sum_number < statement.sum_number]
+            tables = [one.model_dump() for one in (*kept, statement)]
+            text = json.dumps(tables, indent=1) + "\n"
             self._write(f"{PRIVACY}/{statement.site}.json", text.encode())
 
+    def all_statements(self) -> dict[str, list[Statement]]:
+        """Each site's statements, in the order of the sums; none in a study without privacy."""
+        return {
+            file.stem: [Statement.parse(json.dumps(one)) for one in json.loads(file.read_text())]
+            for file in sorted((self.path / PRIVACY).glob("*.json"))
+        }
+
     def statements(self) -> list[Statement]:
-        """The sites' statements, by name; empty in a study without privacy."""
-        files = sorted((self.path / PRIVACY).glob("*.json"))
-        return [Statement.parse(file.read_text()) for file in files]
+        """The sites' last statements, by name."""
+        return [stated[-1] for stated in self.all_statements().values()]
 
     def save_evaluation(
         self, name: str, counts: NDArray[np.int64], line: Mapping[str, Any]
@@ -318,7 +329,7 @@ class RunDir:
         lines = [
             f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(self.path)}\n"
             for file in files
-            if file.relative_to(self.path).parts[0] not in (CA, SITES)
+            if file.relative_to(self.path).parts[0] not in (CA, SITES, SUPERLINK)
             and file.stem not in ("report", SUMS)
         ]
         self._write(SUMS, "".join(lines).encode())
@@ -349,8 +360,21 @@ class RunDir:
 def _never_began(path: Path) -> bool:
     """Whether a start failed here before any site agreed, and nothing else lies in the folder."""
     present = {entry.name for entry in path.iterdir() if entry.name[0] != "."}
-    started = {STUDY, SIMULATION, "models", "counts", CA, SITES, EVIDENCE, TRANSCRIPT, OPENED}
-    return SIMULATION in present and present <= started and not any((path / "models").iterdir())
+    started = {
+        STUDY,
+        SIMULATION,
+        "models",
+        "counts",
+        CA,
+        SITES,
+        EVIDENCE,
+        TRANSCRIPT,
+        OPENED,
+        AUDIT,
+    }
+    if present <= {CA, SITES}:  # keys and site files of a demo, written before its run
+        return True
+    return STUDY in present and present <= started and not any((path / "models").iterdir())
 
 
 def _model_name(round_number: int) -> str:

@@ -7,7 +7,6 @@ histogram is if every byte is random.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chi2
 
+from common.facts import sizes
 from common.messages import Message, Upload
 from server.network import Enough, Network, never
 
@@ -63,21 +63,6 @@ class ObservedNetwork:
         if isinstance(message, Upload):
             line["uniformity"] = uniformity(message.body)
         return line
-
-
-def sizes(message: Message) -> dict[str, int]:
-    """Bytes of each field."""
-    return {
-        field.name: _size(getattr(message, field.name)) for field in dataclasses.fields(message)
-    }
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, np.ndarray):
-        return value.nbytes
-    if isinstance(value, tuple):
-        return sum(map(_size, value))
-    return len(value) if isinstance(value, str | bytes) else 8
 
 
 def uniformity(body: NDArray[np.uint8]) -> float | None:

@@ -31,6 +31,7 @@ from hostile import (
 from liars import Hospitals, Liar, Lie, Run
 
 from client.readers import phantom as phantoms
+from common.audit import GENESIS
 from common.authority import Authority
 from common.errors import RoundAborted
 from common.identity import Identity, Role
@@ -271,9 +272,12 @@ def stated(**changes: Any) -> Lie:
     def lie(liar: Liar, _: Message, reply: Message) -> Message:
         epoch = liar.site.journal.epoch()
         assert epoch is not None
+        manifest = Manifest.parse(epoch.manifest)
         statement = Statement(
-            run=Manifest.parse(epoch.manifest).run,
+            run=manifest.run,
+            study=manifest.study,
             site=liar.site.name,
+            sum_number=reply.sum_number,
             epsilon=1.0,
             delta=1e-5,
             unit="patient",
@@ -282,8 +286,10 @@ def stated(**changes: Any) -> Lie:
             steps=1,
             accountant="prv",
             randomness="os",
-        )
-        text = statement.model_copy(update=changes).model_dump_json()
+            audit=GENESIS,
+            ledger=GENESIS,
+        ).model_copy(update=changes)
+        text = statement.signed(liar.site.party().identity).model_dump_json()
         return rebound(reply, liar.site, statement=text)
 
     return lie

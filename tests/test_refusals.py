@@ -530,7 +530,7 @@ def task_after_the_coordinators_certificate(fed: Federation) -> tuple[int, Messa
 
 def task_after_a_members_certificate(fed: Federation) -> tuple[int, Message]:
     older = fed.issue("site-2", key=fed.identities[1].key, at=START - timedelta(days=20))
-    fed.members[1] = replace(fed.members[1], credentials=Credentials(older, fed.trust))
+    fed.members[1] = replace(fed.members[1], credentials=lambda: Credentials(older, fed.trust))
     fed.enrol()
     fed.wait(days=11)
     return 2, fed.task(2)

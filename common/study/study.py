@@ -50,6 +50,13 @@ class Member(Frozen):
     """Fingerprint of its public key; a simulation makes keys of its own."""
 
 
+class Keyed(Frozen):
+    """The coordinator of a deployed study."""
+
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """Fingerprint of its public key: no other coordinator can run this study."""
+
+
 class Study(Frozen):
     """A whole study; ``common.config.load(path, Study)`` reads one."""
 
@@ -66,6 +73,7 @@ class Study(Frozen):
     aggregation: Aggregation = Aggregation()
     cohort: Cohort = Cohort()
     deadlines: Deadlines = Deadlines()
+    coordinator: Keyed | None = None
     members: Annotated[tuple[Member, ...], Field(max_length=255)] = ()
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
@@ -120,6 +128,16 @@ class Study(Frozen):
     def site_names(self) -> tuple[str, ...]:
         """Names of the members in the study's order; a site's index is its place here."""
         return tuple(member.name for member in self.members)
+
+    def unpinned(self) -> Iterator[tuple[str, str]]:
+        """What a deployment needs and a simulation fills in: keys that people compared."""
+        if self.coordinator is None:
+            yield "coordinator.key", "the fingerprint that fl-certs show prints for the coordinator"
+        if not self.members:
+            yield "members", "one [[members]] table for each site, with its name and key"
+        for member in self.members:
+            if member.key is None:
+                yield "members.key", f"the fingerprint of {member.name}'s key"
 
     def with_members(self, names: tuple[str, ...]) -> Study:
         """The same study with these members: a simulation fills them in."""

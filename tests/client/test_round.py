@@ -13,7 +13,7 @@ from protocol import Cast, R
 
 from client.evaluate import evaluate
 from client.round import answer, local_update
-from client.site import Site, open_site, pick_device
+from client.site import Source, Site, open_site, pick_device
 from client.train import train
 from common import wire
 from common.errors import ConfigError, DataError, LocalProtocolError, RemoteProtocolError
@@ -406,10 +406,7 @@ def test_a_site_that_is_no_member_cannot_be_opened(make_site: SiteFactory, tmp_p
         open_site(
             "mallory",
             site.study,
-            site.load,
-            data_name="tiny",
-            weight=3,
-            budget=None,
+            Source("tiny", 3, None, site.load),
             state_dir=tmp_path,
             device=pick_device("cpu"),
         )

@@ -16,6 +16,7 @@ EXIT_CODES = {
     "ProtocolError": 5,
     "LocalProtocolError": 5,
     "RemoteProtocolError": 5,
+    "VersionMismatch": 5,
     "PolicyError": 6,
     "RoundAborted": 7,
 }
@@ -23,7 +24,7 @@ CHILDREN_OF_PROTOCOL_ERROR = {"LocalProtocolError", "RemoteProtocolError"}
 PARENTS = {
     name: "ProtocolError" if name in CHILDREN_OF_PROTOCOL_ERROR else "FederationError"
     for name in EXIT_CODES
-}
+} | {"VersionMismatch": "RemoteProtocolError"}
 
 
 def tree(root: type[FederationError] = FederationError) -> Iterator[type[FederationError]]:

@@ -22,6 +22,7 @@ from resign import Hostile
 
 from client.journal import Journal
 from client.round import answer
+from common.audit import AuditLog
 from common.errors import RemoteProtocolError
 from common.evidence import Evidence
 from common.messages import (
@@ -217,6 +218,7 @@ class CoordinatorDoor(Door):
             self._network,
             recording.credentials,
             Evidence(recording.folder / "coordinator"),
+            AuditLog(recording.folder / "coordinator" / "audit.jsonl", lambda: recording.now),
             now=lambda: recording.now,
         )
         own = recording.identities[HERO]
@@ -383,6 +385,7 @@ def keep_of(start: Callable[[Exchange], Any], recording: Recording) -> Keep:
         recording.network,
         recording.credentials,
         Evidence(recording.folder / "coordinator"),
+        AuditLog(recording.folder / "coordinator" / "audit.jsonl", lambda: recording.now),
         now=lambda: recording.now,
     )
     try:

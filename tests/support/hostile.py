@@ -37,6 +37,7 @@ from client.journal import Journal
 from client.ledger import Ledger
 from client.round import answer
 from client.site import Site
+from common.audit import AuditLog
 from common.authority import Authority
 from common.evidence import FILE, Evidence
 from common.identity import Identity, Role
@@ -164,7 +165,8 @@ class Federation(Cast):
             plan=None,
             load=lambda: SimpleNamespace(to=lambda _: images),
             state_dir=state_dir,
-            credentials=Credentials(self.identities[index], self.trust),
+            home=state_dir,
+            credentials=lambda: Credentials(self.identities[index], self.trust),
             now=lambda: self.clock,
         )
 
@@ -308,7 +310,8 @@ class Federation(Cast):
             {member.name: partial(answer, site=member) for member in self.members}
         )
         evidence = Evidence(self.folder / "run")
-        return Exchange(network, self.credentials, evidence, now=lambda: self.clock)
+        audit = AuditLog(self.folder / "run" / "audit.jsonl", lambda: self.clock)
+        return Exchange(network, self.credentials, evidence, audit, now=lambda: self.clock)
 
     def epoch(self) -> Epoch:
         """The epoch that everybody agreed to, or agrees to now."""
@@ -441,10 +444,9 @@ def rebound(upload: Upload, site: Site, header: Mapping[str, Any] = {}, **change
         rows=digest_of_rows(list(map(row_digest, changed.share_commitments, changed.sealed))),
     )
     epoch, said = site.journal.epoch(), site.journal.sum()
-    assert site.credentials is not None
     assert epoch is not None
     assert said is not None
-    signed = replace(bound, **header).signed(site.credentials.identity).encode()
+    signed = replace(bound, **header).signed(site.party().identity).encode()
     site.journal.go_on(epoch, said.model_copy(update={"header": signed}))
     return replace(changed, header=signed)
 

@@ -40,8 +40,7 @@ class Liar:
 
     @property
     def identity(self) -> Identity:
-        assert self.site.credentials is not None
-        return self.site.credentials.identity
+        return self.site.party().identity
 
     def key_of(self, name: str) -> Identity:
         """Another site's: the two work together."""

@@ -24,6 +24,7 @@ from papers import odd_certificates, odd_lists
 
 from client import round as site_round
 from client.site import Site
+from common.audit import GENESIS, AuditLog
 from common.authority import Authority
 from common.evidence import Evidence
 from common.identity import Identity, read_certified
@@ -187,7 +188,8 @@ def _record(folder: Path) -> Recording:
     }
     credentials = coordinator_credentials(folder, names)
     network = RecordingNetwork(sites, folder)
-    talk = Exchange(network, credentials, Evidence(folder), now=lambda: now)
+    audit = AuditLog(folder / "audit.jsonl", lambda: now)
+    talk = Exchange(network, credentials, Evidence(folder), audit, now=lambda: now)
     first = build_network(study)
     approved, seconds = credentials.trust.members, int(now.timestamp())
     opening = Opening(
@@ -235,16 +237,24 @@ def _update(task: RoundTask, site: Site) -> LocalUpdate:
     return LocalUpdate(values.astype(np.float32))
 
 
-def _statement(site: Site, run: str) -> str:
-    return Statement(
-        run=run,
-        site=site.name,
-        epsilon=1.5,
-        delta=1e-5,
-        unit="patient",
-        noise_multiplier=1.1,
-        sampling_probability=0.25,
-        steps=20,
-        accountant="prv",
-        randomness="os",
-    ).model_dump_json()
+def _statement(site: Site, run: str, sum_number: int) -> str:
+    return (
+        Statement(
+            run=run,
+            study=site.study.digest(),
+            site=site.name,
+            sum_number=sum_number,
+            epsilon=1.5,
+            delta=1e-5,
+            unit="patient",
+            noise_multiplier=1.1,
+            sampling_probability=0.25,
+            steps=20,
+            accountant="prv",
+            randomness="os",
+            audit=GENESIS,
+            ledger=GENESIS,
+        )
+        .signed(site.party().identity)
+        .model_dump_json()
+    )

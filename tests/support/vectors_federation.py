@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from client import enrolment, unmasking
 from client.journal import Journal
 from client.session import Party, Session
+from common.audit import AuditLog
 from common.errors import RemoteProtocolError
 from common.evidence import Evidence
 from common.manifest import KeyedMember, Manifest, check_members, default_threshold
@@ -33,7 +34,7 @@ from common.roster import Credentials
 from common.throwaway import coordinator_credentials, issue_identities, site_credentials
 from common.update import QuantizedUpdate
 from server.epoch import Epoch, exchange_keys
-from server.exchange import Exchange
+from server.exchange import Exchange, utc_now
 from server.run_dir import RunDir
 from server.secure_sum import Total, Void, secure_sum
 
@@ -127,6 +128,7 @@ class VectorFederation:
             self.network,
             coordinator_credentials(folder, self.names),
             Evidence(self.run_dir.path),
+            AuditLog(self.run_dir.path / "audit.jsonl", utc_now),
         )
         self.sum_number = -1
         self.open_epoch(1, self.names)

@@ -1,0 +1,199 @@
+"""One hospital and every study it takes part in: which one a message is about, and who may ask."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import weakref
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from client.approvals import Approvals
+from client.config import Certificates, SiteConfig
+from client.dataset import load_site_data
+from client.policy import check_policy, check_unit
+from client.round import COORDINATOR, answer
+from client.site import AUDIT, Site, Source, open_site, pick_device
+from common.audit import MAX_VALUE_CHARS, AuditLog
+from common.disk import replace_file
+from common.errors import ConfigError, FederationError, PolicyError, RemoteProtocolError
+from common.facts import facts_of
+from common.identity import Identity, read_certificate
+from common.manifest import Manifest
+from common.messages import Greeting, Introduction, Invitation, Message
+from common.roster import Credentials, Trust
+from common.study import Study
+
+STUDIES, CURRENT, LOCK, NEWEST_LIST = "studies", "current-study", ".lock", "revoked.crl"
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Hospital:
+    """Answers the coordinator; the network and the images of the current study stay in memory."""
+
+    def __init__(self, config: SiteConfig, now: Callable[[], datetime] = _utc_now) -> None:
+        """Open this hospital's books.
+
+        Raises:
+          ConfigError: The site file lacks what a deployment needs; or another process runs.
+        """
+        self.certificates = deployed(config)
+        self.config = config
+        self.home = config.state_dir
+        self.home.mkdir(parents=True, exist_ok=True)
+        self._now = now
+        self._lock()
+        self.approvals = Approvals(self.home)
+        self.audit = AuditLog(self.home / AUDIT, now)
+        self._current: tuple[str, Site] | None = None
+
+    def answer(self, message: Message) -> Message:
+        """Answer one message.
+
+        Raises:
+          FederationError: The hospital does not answer; the reason stays here.
+        """
+        if isinstance(message, Greeting):
+            return self._audited(message, self._introduce)
+        try:
+            site = self._site_for(message)
+        except FederationError as error:
+            refusal = error
+            return self._audited(message, functools.partial(_refuse, error=refusal))
+        return answer(message, site)
+
+    def permitted(self, digest: str) -> Study:
+        """The study of a digest, if it was approved here and the policy permits it.
+
+        Raises:
+          PolicyError: It was not, or does not.
+        """
+        study = self.approvals.study(digest)
+        if study is None and not self.config.policy.require_approval:
+            study = self.approvals.proposed(digest)
+        if study is None:
+            raise PolicyError(
+                f"study {digest[:12]}... was not approved here (require_approval is true): read "
+                f"{self.home / 'proposed' / digest}.toml, then fl-client approve it"
+            )
+        if self.config.name not in study.site_names or list(study.unpinned()):
+            raise PolicyError(
+                f"study {study.name} does not name {self.config.name} and every key; ask the "
+                "coordinator for a corrected study"
+            )
+        check_policy(self.config.policy, study, self.config.data.declared_patients)
+        check_unit(self.config.data, study)
+        return study
+
+    def _introduce(self, greeting: Message) -> Message:
+        """Say whether this hospital takes part in the proposed study; its file is kept to read."""
+        assert isinstance(greeting, Greeting)  # noqa: S101 - answer() has looked
+        try:
+            study, _ = self.approvals.propose(json.loads(greeting.study))
+        except (ValueError, TypeError, ConfigError) as error:
+            raise RemoteProtocolError(f"what was proposed is no study: {error}") from None
+        permitted = self.permitted(study.digest())
+        return Introduction(permitted.site_names.index(self.config.name))
+
+    def _audited(self, message: Message, reply: Callable[[Message], Message]) -> Message:
+        self.audit.append("received", peer=COORDINATOR, **facts_of(message))
+        try:
+            said = reply(message)
+        except FederationError as error:
+            reason = f"{type(error).__name__}: {error}"[:MAX_VALUE_CHARS]
+            self.audit.append("refused", peer=COORDINATOR, rule=error.rule, reason=reason)
+            raise
+        self.audit.append("sent", peer=COORDINATOR, **facts_of(said))
+        return said
+
+    def _site_for(self, message: Message) -> Site:
+        """The site of the study that a message is about; a new run is the current one from here."""
+        if isinstance(message, Invitation):
+            digest = Manifest.parse(message.manifest).study
+            site = self._opened(digest)
+            replace_file(self.home / CURRENT, digest.encode())
+            return site
+        path = self.home / CURRENT
+        if not path.exists():
+            raise RemoteProtocolError("a message arrived before an invitation", rule="R7")
+        return self._opened(path.read_text())
+
+    def _opened(self, digest: str) -> Site:
+        """A site of a permitted study; permission is asked anew for every message."""
+        study = self.permitted(digest)
+        if self._current is None or self._current[0] != digest:
+            self._current = digest, self._open(study)
+        return self._current[1]
+
+    def _open(self, study: Study) -> Site:
+        data, budget = self.config.data, self.config.budget
+        if data.declared_patients is None:
+            raise ConfigError("data.declared_patients is needed: a public constant, not a count")
+        load = functools.partial(load_site_data, data, study)
+        return open_site(
+            self.config.name,
+            study,
+            Source(data.name, data.declared_patients, budget, load),
+            state_dir=self.home / STUDIES / study.digest(),
+            home=self.home,
+            device=pick_device(self.config.device),
+            credentials=functools.partial(self._credentials, study),
+            policy=self.config.policy,
+        )
+
+    def _credentials(self, study: Study) -> Credentials:
+        assert study.coordinator is not None  # noqa: S101 - permitted() has looked
+        return Credentials(
+            Identity.load(self.certificates.cert, self.certificates.key),
+            Trust(
+                ca=read_certificate(self.certificates.ca),
+                members={member.name: member.key or "" for member in study.members},
+                coordinator=study.coordinator.key,
+                newest_list=self.home / NEWEST_LIST,
+            ),
+        )
+
+    def _lock(self) -> None:
+        """Keep a second process of this hospital out for as long as this object lives."""
+        held = os.open(self.home / LOCK, os.O_CREAT | os.O_WRONLY, 0o600)
+        weakref.finalize(self, os.close, held)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(
+                f"state_dir {self.home}: another fl-client takes part with it; run one only"
+            ) from None
+
+
+def deployed(config: SiteConfig) -> Certificates:
+    """The certificates of a site file that says all a deployment needs.
+
+    Raises:
+      ConfigError: A key is missing, or the certificate is another site's; the message says which.
+    """
+    if config.coordinator is None or config.certificates is None:
+        raise ConfigError(
+            'site.toml needs coordinator = "host:port" and [certificates] ca, cert, key to take '
+            "part; see certs/README.md"
+        )
+    name = Identity.load(config.certificates.cert, config.certificates.key).name
+    if name != config.name:
+        raise ConfigError(
+            f"certificates.cert is {name}'s, this site is {config.name}; give this site's own"
+        )
+    return config.certificates
+
+
+def _refuse(_: Message, error: FederationError) -> Message:
+    raise error
+
+
+def node_file(home: Path) -> Path:
+    """Where the connection keeps its node id."""
+    return home / "node-id"

@@ -1,0 +1,163 @@
+"""A run over real sites: start Flower's SuperLink, wait for the members, run, stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.identity import Identity, read_certificate
+from common.manifest import code_digest
+from common.messages import Greeting, Introduction, Message, Refusal
+from common.roster import CoordinatorCredentials, Trust
+from common.study import Study
+from server.app import exchange
+from server.config import CoordinatorConfig
+from server.coordinator import Summary, run
+from server.heads import Heads
+from server.network import Enough, never
+from server.progress import ConsoleObserver, Readiness
+from server.run_dir import SUPERLINK, RunDir
+from server.superlink import CoordinatorGrid, Listening, SuperLink, new_secret
+
+ASK_S = 5.0  # a site that is not ready yet is asked again after so long
+POLL_S = 0.2
+ANSWER_S = 30.0  # for saying whether it takes part
+
+log = logging.getLogger("consilium.coordinator")
+
+
+class DeployedNetwork:
+    """Sites behind Flower's SuperLink, by the names in their certificates."""
+
+    def __init__(self, grid: CoordinatorGrid, deadline_s: float) -> None:
+        self._grid = grid
+        self._deadline_s = deadline_s
+
+    def sites(self) -> Sequence[str]:
+        """Every site that is connected now."""
+        return list(self._grid.connected())
+
+    def ask(
+        self, messages: Mapping[str, Message], enough: Enough = never
+    ) -> Iterator[tuple[str, Message]]:
+        """Ask sites; replies are yielded as they arrive, until the study's deadline."""
+        yield from self.ask_within(messages, self._deadline_s, enough)
+
+    def ask_within(
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
+    ) -> Iterator[tuple[str, Message]]:
+        """The same with another deadline; a site that is not connected is left out."""
+        nodes = self._grid.connected()
+        names = {nodes[site]: site for site in messages if site in nodes}
+        by_node = {node: messages[site] for node, site in names.items()}
+        if by_node:
+            for node, reply in exchange(self._grid, by_node, deadline_s, enough):
+                yield names[node], reply
+
+
+def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume: bool) -> Summary:
+    """Run a study over the sites that call.
+
+    Raises:
+      ConfigError: A file is missing or does not fit the study; nothing was started.
+      RoundAborted: Too few sites take part.
+    """
+    credentials = credentials_of(study, config)
+    record = RunDir.open(folder, study, resume=resume)
+    config.state_dir.mkdir(parents=True, exist_ok=True)
+    service = folder / SUPERLINK
+    service.mkdir(mode=0o700, exist_ok=True)
+    told = Listening(
+        host=config.host,
+        port=config.port,
+        ca=str(config.certificates.ca),
+        certificate=str(config.certificates.cert),
+        key=str(config.certificates.key),
+        revocation_list=str(config.certificates.revoked),
+        members=dict(credentials.trust.members),
+        about={"version": version("consilium"), "code": code_digest(), "study": study.digest()},
+        secret=new_secret(),
+    )
+    with SuperLink.start(told, service / "superlink.log") as superlink, ConsoleObserver() as shown:
+        log.info("listening on %s port %d", config.host, superlink.public_port)
+        grid = superlink.open_grid()
+        try:
+            network = DeployedNetwork(grid, study.deadlines.answer_s)
+            wait_for_members(study, network, config.wait_s, shown.waiting(study))
+            heads = Heads(config.state_dir)
+            summary = run(study, network, record, shown, credentials, heads)
+        finally:
+            grid.finish()
+    shutil.rmtree(service)
+    return summary
+
+
+def credentials_of(study: Study, config: CoordinatorConfig) -> CoordinatorCredentials:
+    """The coordinator's key, held against the key that the study names.
+
+    Raises:
+      ConfigError: The study pins no keys, or another coordinator's.
+    """
+    if missing := list(study.unpinned()):
+        lines = "".join(f"\n  {key}: {text}" for key, text in missing)
+        raise ConfigError(f"study {study.name} cannot be deployed; it lacks:{lines}")
+    assert study.coordinator is not None  # noqa: S101 - unpinned() has looked
+    files = config.certificates
+    identity = Identity.load(files.cert, files.key)
+    if identity.fingerprint != study.coordinator.key:
+        raise ConfigError(
+            f"{files.cert} has the key {identity.fingerprint[:12]}..., the study names "
+            f"{study.coordinator.key[:12]}... as its coordinator.key; sites would refuse"
+        )
+    trust = Trust(
+        ca=read_certificate(files.ca),
+        members={member.name: member.key or "" for member in study.members},
+        coordinator=identity.fingerprint,
+    )
+    credentials = CoordinatorCredentials(identity, trust, files.revoked)
+    credentials.revoked()  # a missing list is found before anything is started
+    return credentials
+
+
+def wait_for_members(
+    study: Study, network: DeployedNetwork, wait_s: float, shown: Readiness
+) -> None:
+    """Until every member is ready; after ``wait_s``, until enough of them are.
+
+    A site is ready when it has answered that its people approved the study and its policy permits
+    it. Whoever is not is asked again: an approval may come any minute.
+    """
+    greeting = Greeting(json.dumps(study.as_table()))
+    started, asked = time.monotonic(), dict[str, float]()
+    states = dict.fromkeys(study.site_names, "not connected")
+    while True:
+        connected = set(network.sites())
+        for name in states:
+            if name not in connected:
+                states[name] = "not connected"
+                asked.pop(name, None)
+        now = time.monotonic()
+        due = [n for n in connected if states[n] != "ready" and now >= asked.get(n, 0.0)]
+        if due:
+            asked |= dict.fromkeys(due, now + ASK_S)
+            for name, reply in network.ask_within(dict.fromkeys(due, greeting), ANSWER_S):
+                states[name] = _state(reply)
+        shown.show(states)
+        num_ready = list(states.values()).count("ready")
+        waited = time.monotonic() - started
+        if num_ready == len(states) or (waited > wait_s and num_ready >= study.cohort.min_sites):
+            shown.done(states)
+            return
+        time.sleep(POLL_S)
+
+
+def _state(reply: Message) -> str:
+    if isinstance(reply, Introduction):
+        return "ready"
+    return f"refused: {reply.reason.value}" if isinstance(reply, Refusal) else "refused: protocol"
