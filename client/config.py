@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from common.config import Frozen, RelativePath, validate
+from common.errors import ConfigError
+from common.identity import Identity
 from common.study import Count, Name, Positive
 
 
@@ -178,3 +180,22 @@ class DataTable(Frozen):
 
     data: Data
     budget: Budget | None = None
+
+
+def deployed(config: SiteConfig) -> Certificates:
+    """The certificates of a site file that says all a deployment needs.
+
+    Raises:
+      ConfigError: A key is missing, or the certificate is another site's; the message says which.
+    """
+    if config.coordinator is None or config.certificates is None:
+        raise ConfigError(
+            'site.toml needs coordinator = "host:port" and [certificates] ca, cert, key to take '
+            "part; see certs/README.md"
+        )
+    name = Identity.load(config.certificates.cert, config.certificates.key).name
+    if name != config.name:
+        raise ConfigError(
+            f"certificates.cert is {name}'s, this site is {config.name}; give this site's own"
+        )
+    return config.certificates

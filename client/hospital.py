@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from client.approvals import Approvals
-from client.config import Certificates, SiteConfig
+from client.config import SiteConfig, deployed
 from client.dataset import load_site_data
 from client.policy import check_policy, check_unit
 from client.round import COORDINATOR, answer
@@ -171,29 +171,5 @@ class Hospital:
             ) from None
 
 
-def deployed(config: SiteConfig) -> Certificates:
-    """The certificates of a site file that says all a deployment needs.
-
-    Raises:
-      ConfigError: A key is missing, or the certificate is another site's; the message says which.
-    """
-    if config.coordinator is None or config.certificates is None:
-        raise ConfigError(
-            'site.toml needs coordinator = "host:port" and [certificates] ca, cert, key to take '
-            "part; see certs/README.md"
-        )
-    name = Identity.load(config.certificates.cert, config.certificates.key).name
-    if name != config.name:
-        raise ConfigError(
-            f"certificates.cert is {name}'s, this site is {config.name}; give this site's own"
-        )
-    return config.certificates
-
-
 def _refuse(_: Message, error: FederationError) -> Message:
     raise error
-
-
-def node_file(home: Path) -> Path:
-    """Where the connection keeps its node id."""
-    return home / "node-id"

@@ -53,12 +53,15 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.config import SiteConfig, deployed
 from common.identity import Identity
 
+NODE_ID = "node-id"  # in the state folder
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0  # between two questions "anything for me?"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0  # between two attempts to connect
 HEARTBEAT_S = 20.0  # Flower counts a silent site as gone after twice 30 s
 TIMEOUT_S = 30.0  # of one operation on a socket
+PASSING = (408, 429, 502, 503, 504)  # HTTP statuses after which the same may be tried again
 LEASE_HELD = 412  # the coordinator still counts on this site's process of before
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.01, 0.5
 
@@ -70,6 +73,10 @@ class Disconnected(Exception):  # noqa: N818 - a state, not a defect
     """The connection ended; the message says what is known about why."""
 
 
+class Withdrawn(Disconnected):
+    """The coordinator wants no answer to this message any more: its run of Flower's is over."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the coordinator is, how it is known, and who calls."""
@@ -79,6 +86,22 @@ class Place:
     certificate: Path
     key: Path
     node_file: Path  # node id of the last connection: a killed process takes it up again
+
+    @classmethod
+    def of(cls, config: SiteConfig) -> Self:
+        """As the site file says.
+
+        Raises:
+          ConfigError: It lacks what a deployment needs.
+        """
+        files = deployed(config)
+        return cls(
+            address=config.coordinator or "",  # deployed() has looked
+            ca=files.ca,
+            certificate=files.cert,
+            key=files.key,
+            node_file=config.state_dir / NODE_ID,
+        )
 
     def identity(self) -> Identity:
         """Read anew for every connection: a renewed certificate needs no restart."""
@@ -210,12 +233,19 @@ class Connection:
         try:
             return self._client.ActivateNode(request).node_id
         except httpx.HTTPStatusError as error:
-            if error.response.status_code != LEASE_HELD:
-                raise
-        # A process of this site was killed a moment ago and still counts as connected.
-        node_id = int(self._place.node_file.read_text())
-        self._heartbeat(Node(node_id=node_id))
-        return node_id
+            node_id = self._last_node()
+            if error.response.status_code != LEASE_HELD or node_id is None:
+                raise  # without its node id, the lease of a killed process has to end by itself
+        # A process of this site was killed a moment ago and still counts as connected. Leaving in
+        # its place makes the coordinator send again what that process had taken.
+        self._client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+        return self._client.ActivateNode(request).node_id
+
+    def _last_node(self) -> int | None:
+        try:
+            return int(self._place.node_file.read_text())
+        except (OSError, ValueError):
+            return None
 
     def _heartbeat(self, node: Node) -> None:
         self._client.SendNodeHeartbeat(
@@ -236,13 +266,13 @@ def serve(place: Place, reply: Reply, stopped: threading.Event) -> None:
       reply: Answers one message; it never raises.
       stopped: Set it to end, after the message that is being answered.
     """
-    waits, told = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), ""
+    waits, told, unsent = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), "", Unsent()
     while not stopped.is_set():
         try:
             with Connection(place) as connection:
                 log.info("connected to %s", place.address)
                 waits, told = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), ""
-                _answer_all(connection, reply, stopped)
+                _answer_all(connection, reply, unsent, stopped)
         except Disconnected as error:
             if str(error) != told:  # once, not every five seconds of a night
                 log.warning("%s: %s; trying again for ever", place.address, error)
@@ -250,12 +280,30 @@ def serve(place: Place, reply: Reply, stopped: threading.Event) -> None:
             stopped.wait(next(waits))
 
 
-def _answer_all(connection: Connection, reply: Reply, stopped: threading.Event) -> None:
+@dataclass
+class Unsent:
+    """The reply that the connection broke under; the next connection sends it first."""
+
+    reply: Message | None = None
+
+    def send(self, connection: Connection) -> None:
+        """Send what waits, if anything does."""
+        if self.reply is not None:
+            with contextlib.suppress(Withdrawn):
+                connection.push(self.reply)
+            self.reply = None
+
+
+def _answer_all(
+    connection: Connection, reply: Reply, unsent: Unsent, stopped: threading.Event
+) -> None:
+    unsent.send(connection)
     pauses = _growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
     while not stopped.is_set():
         message = connection.pull()
         if message is not None:
-            connection.push(reply(message))
+            unsent.reply = reply(message)
+            unsent.send(connection)
             pauses = _growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         elif connection.is_outdated:
             log.info("the certificate was renewed: connecting with the new one")
@@ -278,11 +326,12 @@ def _as_disconnected() -> Iterator[None]:
     try:
         yield
     except httpx.HTTPStatusError as error:
-        raise Disconnected(_meaning(error.response.status_code)) from None
+        kind = Disconnected if error.response.status_code in PASSING else Withdrawn
+        raise kind(_meaning(error.response.status_code)) from None
     except httpx.TransportError as error:
         raise Disconnected(f"cannot be reached ({error or type(error).__name__})") from None
     except (ObjectPullError, ObjectPushError):
-        raise Disconnected("a message was withdrawn while it was on its way") from None
+        raise Withdrawn("a message was withdrawn while it was on its way") from None
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         raise Disconnected(f"an answer that cannot be used ({type(error).__name__})") from None
 

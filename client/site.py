@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Site:
     state_dir: Path  # on this site's disk: journal, evidence, its own example
     home: Path  # what all studies of this site have in common: ledgers and the audit log
     credentials: Callable[[], Credentials] | None = None  # None: it trains alone, sends nothing
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
     now: Callable[[], datetime] = _utc_now
 
     def party(self) -> Party:

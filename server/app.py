@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context, RecordDict
@@ -39,6 +39,14 @@ log = logging.getLogger("consilium.coordinator")
 app = ServerApp()
 
 
+Returned = Callable[[], set[int]]  # nodes that connected anew since it was asked last
+
+
+def nobody() -> set[int]:
+    """A simulated node never connects anew."""
+    return set()
+
+
 class FlowerNetwork:
     """Sites behind Flower's grid."""
 
@@ -62,30 +70,36 @@ class FlowerNetwork:
 
 
 def exchange(
-    grid: Grid, messages: Mapping[int, Message], deadline_s: float, enough: Enough = never
+    grid: Grid,
+    messages: Mapping[int, Message],
+    deadline_s: float,
+    enough: Enough = never,
+    returned: Returned = nobody,
 ) -> Iterator[tuple[int, Message]]:
     """One message to each of several nodes; (node id, reply) as replies arrive.
 
-    A node that is silent or answers with an error is left out.
+    A node that is silent or answers with an error is left out. One that connected anew is asked
+    again: its process may have died with the message. Sites answer a message twice with the same
+    bytes, and the second answer is dropped here.
 
     Raises:
       RoundAborted: A worker of the simulation engine died.
     """
-    packed = wire.pack_all(messages.values())
-    sent = [
-        FlowerMessage(content, dst_node_id=node, message_type="query", ttl=deadline_s)
-        for node, content in zip(messages, packed, strict=True)
-    ]
-    waiting = dict(zip(grid.push_messages(sent), messages, strict=True))
     end, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
+    waiting = _push(grid, messages, end)
     while waiting and time.monotonic() < end:
         arrived = 0
+        if again := returned() & set(waiting.values()):
+            waiting |= _push(grid, {node: messages[node] for node in again}, end)
         ids = list(waiting)
         # A few at a time: bodies that came together must not all be in memory together.
         for few in (ids[k : k + PULLED_TOGETHER] for k in range(0, len(ids), PULLED_TOGETHER)):
             for reply in grid.pull_messages(few):
                 arrived += 1
-                node = waiting.pop(reply.metadata.reply_to_message_id)
+                node = waiting.pop(reply.metadata.reply_to_message_id, None)
+                if node is None:
+                    continue
+                waiting = {key: other for key, other in waiting.items() if other != node}
                 if not reply.has_error():
                     yield node, _unpack(node, reply.content)
                 elif reply.error.code == ACTOR_DIED:
@@ -95,6 +109,17 @@ def exchange(
         pause = FIRST_PAUSE_S if arrived else min(LONGEST_PAUSE_S, pause * 1.5)
         if not arrived:
             time.sleep(pause)
+
+
+def _push(grid: Grid, messages: Mapping[int, Message], end: float) -> dict[str, int]:
+    """Send messages that expire at ``end``; node by message id."""
+    packed = wire.pack_all(messages.values())
+    ttl = max(1.0, end - time.monotonic())
+    sent = [
+        FlowerMessage(content, dst_node_id=node, message_type="query", ttl=ttl)
+        for node, content in zip(messages, packed, strict=True)
+    ]
+    return dict(zip(grid.push_messages(sent), messages, strict=True))
 
 
 def _unpack(node: int, records: RecordDict) -> Message:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 from pathlib import Path
 from types import FrameType
@@ -12,10 +11,10 @@ import typer
 
 from common.cli import ResumeOption, RunDirOption, SetOption, overrides_of, start
 from common.config import load
+from common.logs import LogFormatOption, start_logging
 from common.study import Study
 from server.config import CoordinatorConfig
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
 
 
@@ -27,6 +26,7 @@ def serve(
     run_dir: RunDirOption = None,
     resume: ResumeOption = False,
     set_: SetOption = [],  # noqa: B006
+    log_format: LogFormatOption = "text",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print digest and plan; start nothing.")
     ] = False,
@@ -40,8 +40,7 @@ def serve(
             print(line)
         return
     own = load(config, CoordinatorConfig)
-    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT)
-    logging.getLogger("consilium").setLevel(logging.INFO)
+    start_logging(log_format)
     # Started by hand or by a service manager: both signals end the run the same way.
     signal.signal(signal.SIGTERM, _interrupt)
     from server.deployed import coordinate

@@ -21,16 +21,19 @@ class Certificates(Frozen):
 class CoordinatorConfig(Frozen):
     """A whole ``coordinator.toml``; ``common.config.load(path, CoordinatorConfig)`` reads one."""
 
-    listen: str = "0.0.0.0:9443"
+    listen: Annotated[str, Field(min_length=3)] = "0.0.0.0:9443"  # TLS asks who calls
     state_dir: RelativePath  # what it remembers from run to run
+    health: str = ""  # host:port of Flower's gRPC health service, without TLS: keep it on loopback
     wait_s: Annotated[float, Field(gt=0)] = 600.0
     """The run starts when every member is connected, or after this with those who are."""
     certificates: Certificates
 
-    @field_validator("listen")
+    @field_validator("listen", "health")
     @classmethod
-    def _check_listen(cls, text: str) -> str:
+    def _check_address(cls, text: str) -> str:
         host, _, port = text.rpartition(":")
+        if not text:
+            return text
         if not host or not port.isdigit() or int(port) > 65535:  # noqa: PLR2004
             raise ValueError("Input should be host:port, for example 0.0.0.0:9443")
         return text

@@ -27,6 +27,7 @@ from server.superlink import CoordinatorGrid, Listening, SuperLink, new_secret
 
 ASK_S = 5.0  # a site that is not ready yet is asked again after so long
 POLL_S = 0.2
+WATCH_S = 2.0  # between two looks at who connected anew
 ANSWER_S = 30.0  # for saying whether it takes part
 
 log = logging.getLogger("consilium.coordinator")
@@ -53,12 +54,32 @@ class DeployedNetwork:
         self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         """The same with another deadline; a site that is not connected is left out."""
-        nodes = self._grid.connected()
-        names = {nodes[site]: site for site in messages if site in nodes}
+        there = {site: one for site, one in self._grid.connected().items() if site in messages}
+        names = {one.node_id: site for site, one in there.items()}
         by_node = {node: messages[site] for node, site in names.items()}
         if by_node:
-            for node, reply in exchange(self._grid, by_node, deadline_s, enough):
+            watch = Watch(self._grid, {one.node_id: one.since for one in there.values()})
+            for node, reply in exchange(self._grid, by_node, deadline_s, enough, watch.returned):
                 yield names[node], reply
+
+
+class Watch:
+    """Notices sites that connect anew while they are asked."""
+
+    def __init__(self, grid: CoordinatorGrid, since: Mapping[int, str]) -> None:
+        self._grid = grid
+        self._since = dict(since)
+        self._next = time.monotonic() + WATCH_S
+
+    def returned(self) -> set[int]:
+        """Nodes whose connection is another one than when this was called last."""
+        if time.monotonic() < self._next:
+            return set()
+        self._next = time.monotonic() + WATCH_S
+        now = {one.node_id: one.since for one in self._grid.connected().values()}
+        back = {node for node, since in self._since.items() if now.get(node, since) != since}
+        self._since |= {node: now[node] for node in back}
+        return back
 
 
 def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume: bool) -> Summary:
@@ -82,6 +103,7 @@ def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume:
         revocation_list=str(config.certificates.revoked),
         members=dict(credentials.trust.members),
         about={"version": version("consilium"), "code": code_digest(), "study": study.digest()},
+        health=config.health,
         secret=new_secret(),
     )
     with SuperLink.start(told, service / "superlink.log") as superlink, ConsoleObserver() as shown:

@@ -11,13 +11,15 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import ConfigError, FederationError
+from common.audit import verify as verify_log
+from common.errors import ConfigError, DataError, FederationError, RemoteProtocolError
 from common.models.build import build_network
 from common.simulation import STUDY
 from server.global_model import averaged_model, moving_average
@@ -27,12 +29,13 @@ from server.reporting.overlays import draw_overlays
 from server.reporting.page import render
 from server.reporting.phantoms import draw_phantoms
 from server.reporting.record import Record, read_record
-from server.run_dir import EVALUATIONS, FINAL, ROUNDS, SUMMARY, SUMS, RunDir
+from server.reporting.statements import check_statements
+from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, SUMMARY, SUMS, RunDir
 from server.transcript import TRANSCRIPT
 
 HTML, JSON = "report.html", "report.json"
 REQUIRED: Final = (
-    *(STUDY, SUMMARY, ROUNDS, EVALUATIONS, FINAL, TRANSCRIPT),
+    *(STUDY, SUMMARY, ROUNDS, EVALUATIONS, FINAL, TRANSCRIPT, AUDIT),
     "counts/test.npy",
 )
 
@@ -69,8 +72,17 @@ def write_report(folder: Path) -> Path:
     return folder / HTML
 
 
-def verify(folder: Path) -> int:
-    """Check every file of a run folder and recompute its figures; the number of files.
+@dataclass(frozen=True)
+class Verified:
+    """What was found intact."""
+
+    num_files: int
+    num_statements: int  # signatures and epsilon checked again
+    num_lines: int  # of the audit log
+
+
+def verify(folder: Path) -> Verified:
+    """Check every file of a run folder, every signature and every figure again.
 
     Raises:
       ConfigError: The folder holds no finished run.
@@ -79,8 +91,14 @@ def verify(folder: Path) -> int:
     run_dir = RunDir(folder)
     digests = digests_of(run_dir)
     check_files(folder, digests)
-    check_record(read_record(run_dir, digests))
-    return len(digests)
+    record = read_record(run_dir, digests)
+    check_record(record)
+    try:
+        num_statements = check_statements(record)
+        log = verify_log(folder / AUDIT)
+    except (DataError, RemoteProtocolError) as error:
+        raise FederationError(str(error)) from None  # a verdict about a file: exit code 1
+    return Verified(len(digests), num_statements, log.num_lines)
 
 
 # Reading

@@ -56,10 +56,14 @@ def write(run_dir: RunFolder) -> None:
 
 @app.command()
 def verify(run_dir: RunFolder) -> None:
-    """Check every file against SHA256SUMS and recompute the figures; exit 1 names the file."""
+    """Check files, signatures, audit log, figures and epsilon again; exit 1 names the file."""
     from server.report import verify as verify_run
 
-    typer.echo(f"verified: {verify_run(run_dir)} files, figures recomputed")
+    found = verify_run(run_dir)
+    typer.echo(
+        f"verified: {found.num_files} files, {found.num_statements} signed statements, "
+        f"{found.num_lines} lines of the audit log; figures and epsilon recomputed"
+    )
 
 
 @app.command()

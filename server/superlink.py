@@ -114,6 +114,7 @@ class Listening:
     revocation_list: str
     members: dict[str, str]  # fingerprint by name
     about: dict[str, str]  # what /health says
+    health: str  # host:port of Flower's gRPC health service; empty for none
     secret: str
 
 
@@ -125,7 +126,7 @@ class SuperLink:
     ) -> None:
         self._process = process
         self._secret = secret
-        self.public_port, self.health_port = ports["public"], ports["health"]
+        self.public_port = ports["public"]
         self._admin = f"127.0.0.1:{ports['admin']}"
 
     @classmethod
@@ -210,6 +211,14 @@ class SuperLink:
         return [RuntimeVersionHttpInterceptor("flwr-serverapp"), _Secret(self._secret)]
 
 
+@dataclass(frozen=True)
+class Connected:
+    """A site's connection."""
+
+    node_id: int
+    since: str  # when it was made, by the SuperLink's clock
+
+
 class CoordinatorGrid(HttpGrid):
     """Flower's grid, polled as fast as replies come; a dead SuperLink is an error, not a wait."""
 
@@ -238,14 +247,15 @@ class CoordinatorGrid(HttpGrid):
         with _is_alive():
             return super().push_messages(messages)
 
-    def connected(self) -> dict[str, int]:
-        """Node ids of the sites that are connected, by name.
+    def connected(self) -> dict[str, Connected]:
+        """The sites that are connected, by name.
 
         Raises:
           RoundAborted: The SuperLink died.
         """
         with _is_alive():
-            return {node.name: node.node_id for node in self.get_nodes()}
+            nodes = self.get_nodes()
+        return {node.name: Connected(node.node_id, node.last_activated_at) for node in nodes}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See ``HttpGrid``; that one waits a second whenever a reply is seen before its objects.
@@ -352,11 +362,11 @@ class AdminListener:
         await self._app(scope, receive, send)
 
 
-def flower_app(told: Listening, health_port: int) -> App:
+def flower_app(told: Listening) -> App:
     """Flower's SuperLink, in memory: what must survive lies at the sites and the coordinator."""
     config = SuperLinkLifespanConfig(
         control_address="",
-        health_server_address=f"127.0.0.1:{health_port}",
+        health_server_address=told.health or None,
         host="127.0.0.1",
         port=0,
         insecure=True,  # no listener of Flower's own is opened
@@ -386,9 +396,7 @@ async def serve(told: Listening) -> None:
     """Both listeners, until standard input ends."""
     public = _bound(told.host, told.port)
     admin = _bound("127.0.0.1", 0)
-    with _bound("127.0.0.1", 0) as free:
-        health_port = free.getsockname()[1]
-    app = flower_app(told, health_port)
+    app = flower_app(told)
     doorkeeper = Doorkeeper(Path(told.ca), Path(told.revocation_list), told.members)
     register = partial(_register, app)
     context = tls_context(Path(told.ca), Path(told.certificate), Path(told.key))
@@ -416,7 +424,7 @@ async def serve(told: Listening) -> None:
             raise RuntimeError("a listener ended at its start")
         await asyncio.sleep(0.01)
     ports = {"public": public.getsockname()[1], "admin": admin.getsockname()[1]}
-    print(json.dumps({**ports, "health": health_port}), flush=True)  # noqa: T201 - the answer
+    print(json.dumps(ports), flush=True)  # noqa: T201 - the answer
     await asyncio.to_thread(sys.stdin.read)
     for listener in listeners:
         listener.should_exit = True

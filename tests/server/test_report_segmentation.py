@@ -15,9 +15,11 @@ import pytest
 from federation import federate, tiny_study
 from PIL import Image
 
+from common.audit import AuditLog
 from common.errors import FederationError
 from common.tasks import task_of
 from common.tasks.losses import OUTSIDE
+from server.exchange import utc_now
 from server.report import digests_of, verify, write_report
 from server.reporting.overlays import (
     EXAMPLE,
@@ -31,7 +33,7 @@ from server.reporting.overlays import (
     outlined,
 )
 from server.reporting.study import studied
-from server.run_dir import RunDir
+from server.run_dir import AUDIT, RunDir
 
 ORGANS = ("background", "lung", "heart")
 TRAINING = {"learning_rate": 0.01, "batch_size": 4, "local_steps": 1}
@@ -149,6 +151,7 @@ def test_a_summary_that_disagrees_with_the_pixels_is_refused(figure, value, run)
     summary = run_dir.summary()
     summary["metrics"]["final"][figure] = value
     run_dir.save_summary(summary)
+    AuditLog(run_dir.path / AUDIT, utc_now).append("started")
     run_dir.seal()
     for act in (write_report, verify):
         with pytest.raises(FederationError, match=rf"{figure} \(test\) is .* counts/test\.npy"):
@@ -337,7 +340,7 @@ def test_a_file_that_no_site_wrote_is_named(arrays, run):
 def test_verify_leaves_the_sites_alone(run):
     assert run.page
     (run.path / "sites" / "site-1" / EXAMPLE).write_bytes(b"")
-    assert verify(run.path) == len(digests_of(RunDir(run.path)))
+    assert verify(run.path).num_files == len(digests_of(RunDir(run.path)))
 
 
 # Machado et al. (2009), A Physiologically-based Model for Simulation of Color Vision Deficiency:

@@ -1,0 +1,86 @@
+"""The sites' signed privacy statements, checked again: signatures, arithmetic, completeness."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from common.accounting import Event, epsilon_of
+from common.errors import FederationError, RemoteProtocolError
+from common.identity import read_certified
+from common.statement import Statement
+from common.study import DifferentialPrivacy
+from server.reporting.record import Record
+from server.run_dir import PRIVACY
+
+CONSTANT = ("delta", "unit", "noise_multiplier", "sampling_probability", "accountant", "randomness")
+
+
+def check_statements(record: Record) -> int:
+    """Check every statement of a run; their number.
+
+    Raises:
+      FederationError: One is missing, is not its site's, or its epsilon is not what its own numbers
+        give; the message names the file and the sum.
+    """
+    if not isinstance(record.study.privacy, DifferentialPrivacy):
+        return 0
+    keys = dict(_keys(record))
+    stated = record.run_dir.all_statements()
+    for site, statements in stated.items():
+        for one in statements:
+            _check(one, site, record, keys)
+        for before, after in itertools.pairwise(statements):
+            if _constants(before) != _constants(after) or after.steps < before.steps:
+                raise _wrong(after, "it does not follow from the statement before it")
+    for line in (*record.rounds, *record.evaluations):
+        for site in line["survivors"]:
+            if line["sum"] not in {one.sum_number for one in stated.get(site, [])}:
+                raise FederationError(
+                    f"{PRIVACY}/{site}.json: no statement about sum {line['sum']}, which the site "
+                    "was part of; restore the file that the run wrote"
+                )
+    return sum(map(len, stated.values()))
+
+
+def _check(
+    one: Statement, site: str, record: Record, keys: dict[str, ec.EllipticCurvePublicKey]
+) -> None:
+    run, digest = record.manifest.run, record.summary["study"]["digest"]
+    if (one.site, one.run, one.study) != (site, run, digest) or site not in keys:
+        raise _wrong(one, "it is about another site, run or study")
+    try:
+        one.check_signed(keys[site])
+    except RemoteProtocolError as error:
+        raise _wrong(one, str(error)) from None
+    event = Event(one.noise_multiplier, one.sampling_probability, one.steps)
+    epsilon = epsilon_of([event], one.delta)
+    if not math.isclose(epsilon, one.epsilon, rel_tol=1e-6, abs_tol=1e-9):
+        raise _wrong(one, f"epsilon is {one.epsilon:.6g}, its own numbers give {epsilon:.6g}")
+
+
+def _keys(record: Record) -> Iterator[tuple[str, ec.EllipticCurvePublicKey]]:
+    """Each site's public key: of the certificate whose fingerprint the manifest names."""
+    for manifest in record.manifests:
+        path = record.run_dir.path / f"keys-{manifest.epoch}.json"
+        roster = json.loads(path.read_text())[0]
+        pinned = {member.name: member.key for member in record.study.members if member.key}
+        for member, certificate in zip(manifest.members, roster["certificates"], strict=True):
+            certified = read_certified(bytes.fromhex(certificate))
+            if certified.fingerprint != pinned.get(member.name, member.key):
+                raise FederationError(
+                    f"{path.name}: the certificate of {member.name} has another key than the study"
+                )
+            yield member.name, certified.key
+
+
+def _constants(one: Statement) -> dict[str, object]:
+    return one.model_dump(include=set(CONSTANT))
+
+
+def _wrong(one: Statement, why: str) -> FederationError:
+    return FederationError(f"{PRIVACY}/{one.site}.json, sum {one.sum_number}: {why}")

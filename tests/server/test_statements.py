@@ -1,0 +1,102 @@
+"""Signed privacy statements of a run, checked again from its files alone."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import federate, tiny_study
+
+from common.errors import FederationError
+from common.identity import Identity
+from common.statement import Statement
+from server.report import digests_of, verify
+from server.run_dir import RunDir
+
+PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "example_clip_norm": 0.5, "randomness": "seeded"}
+FILE = "privacy/site-2.json"
+
+Change = Callable[[list[dict[str, Any]], Identity], None]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    federate(tiny_study(num_rounds=2, privacy=PRIVACY), folder)
+    return folder
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def listed_again(folder: Path) -> None:
+    """Whoever changes a file changes the list of digests too."""
+    names = digests_of(RunDir(folder))
+    lines = (f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
+    (folder / "SHA256SUMS").write_text("".join(lines))
+
+
+def change(folder: Path, how: Change) -> None:
+    statements = json.loads((folder / FILE).read_text())
+    key = folder / "sites" / "site-2"
+    how(statements, Identity.load(key / "certificate.pem", key / "key.pem"))
+    (folder / FILE).write_text(json.dumps(statements))
+    listed_again(folder)
+
+
+def signed_again(number: int, **changes: Any) -> Change:
+    """A lie of the site itself, well signed."""
+
+    def how(statements: list[dict[str, Any]], identity: Identity) -> None:
+        told = Statement(**{**statements[number], **changes})
+        statements[number] = told.signed(identity).model_dump()
+
+    return how
+
+
+def written_over(number: int, **changes: Any) -> Change:
+    """A lie of whoever holds the folder."""
+    return lambda statements, _: statements[number].update(changes)
+
+
+def test_every_sum_has_a_statement_of_every_site(finished: Path) -> None:
+    found = verify(finished)
+    assert found.num_statements == 4 * (2 + 2)  # two rounds and two evaluations
+    assert found.num_lines == len((finished / "audit.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (written_over(1, epsilon=0.1), "sum 1: the signature of site-2"),
+        (written_over(0, steps=0), "sum 0: the signature of site-2"),
+        (written_over(2, audit="0" * 64), "sum 2: the signature of site-2"),
+        (signed_again(1, epsilon=0.1), "sum 1: epsilon is 0.1, its own numbers give"),
+        (signed_again(1, site="site-1"), "it is about another site, run or study"),
+        (signed_again(1, run="f" * 32), "it is about another site, run or study"),
+        (signed_again(0, study="f" * 64), "it is about another site, run or study"),
+        (lambda statements, _: statements.pop(1), r"no statement about sum 1"),
+        (lambda statements, _: statements.pop(), r"no statement about sum 3"),
+        (lambda statements, _: statements.reverse(), "it does not follow from the statement"),
+    ],
+)
+def test_a_changed_statement_is_named(how: Change, said: str, run: Path) -> None:
+    change(run, how)
+    with pytest.raises(FederationError, match=said) as refused:
+        verify(run)
+    assert "site-" in str(refused.value) or "privacy/" in str(refused.value)
+    assert refused.value.exit_code == 1
+
+
+def test_a_line_taken_out_of_the_audit_log_is_found(run: Path) -> None:
+    lines = (run / "audit.jsonl").read_text().splitlines(keepends=True)
+    (run / "audit.jsonl").write_text("".join(lines[:3] + lines[4:]))
+    listed_again(run)
+    with pytest.raises(FederationError, match=r"audit\.jsonl.*line 4") as refused:
+        verify(run)
+    assert refused.value.exit_code == 1
