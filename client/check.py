@@ -1,152 +1,140 @@
-"""Preflight: can this site's data be used? It counts and names rules, never a patient's value."""
+"""Preflight: everything a deployment needs of this machine, every fault in one line.
+
+Nothing stops at the first fault. Lines name rules, files and counts, never a patient's value.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-
-from client.config import CsvData, Data, FolderData, NpzData, SiteConfig
-from client.dataset import load_sample, split_cases
-from client.policy import check_policy, check_unit
-from client.readers import Case, Wanted, read_cases
-from client.readers.case import Labels, Split
-from client.readers.csv import read_rows
-from client.readers.image import AS_STORED, SUFFIXES
-from common.errors import ConfigError, DataError
+from client.certificate_check import check_certificate
+from client.config import Certificates, SiteConfig
+from client.connection_check import check_connection
+from client.data_check import check_data
+from client.finding import Finding, fault, has_fault, ok, warning
+from client.site import pick_device
+from client.study_check import check_budget, check_terms, planned_study
+from common.errors import ConfigError
+from common.models.build import build_network
 from common.study import Study
 
-MAX_NAMED = 5  # unreadable files that are listed one by one
-PHANTOM_CLASSES = ("no lesion", "lesion")
-MASKS = Wanted("masks", ("background", "foreground"), channels=AS_STORED, size=())
+LEAST_FREE_BYTES = 1 << 30
+MODELS_KEPT = 4  # an upload, the one before it, a copy while it is written, the journal
+BYTES_PER_PARAM = 4
 
 
-def check(config: SiteConfig, study: Study | None = None) -> Iterator[str]:
-    """Read every image of the site once and say what was found, line by line.
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
 
-    Without a study, classes and channels are taken from the files themselves.
 
-    Raises:
-      ConfigError: The state folder cannot be written; or the site is not a member of the study.
-      DataError: The data set cannot be used; the message names the file or folder.
+def check(
+    config: SiteConfig,
+    study_file: Path | None = None,
+    *,
+    offline: bool = False,
+    now: Callable[[], datetime] = _utc_now,
+) -> Iterator[Finding]:
+    """Go through everything that taking part needs, line by line.
+
+    Args:
+      config: The site file, which was found valid.
+      study_file: The study to hold the site against; else the newest approved one, if any.
+      offline: Leave the coordinator out.
+      now: This machine's clock, with a time zone.
+
+    Returns:
+      Findings in a fixed order; a fault carries the exit code of its error class.
     """
-    yield f"site {config.name}: configuration is valid"
-    if config.coordinator or config.certificates:
-        yield "coordinator, certificates: kept for the deployment; this version only simulates"
-    _check_state_dir(config.state_dir)
-    yield f"state folder {config.state_dir}: writable"
+    yield ok(f"site file: every key of {config.name} is valid")
+    study, told = planned_study(config, study_file)
+    yield from told
+    yield from _check_state_dir(config.state_dir, study)
+    yield from _check_consortium(config, study, offline=offline, now=now())
     if study is not None:
-        if study.members and config.name not in study.site_names:
-            raise ConfigError(f"{config.name} is not a member of study {study.name}")
-        yield f"study {study.name}: digest {study.digest()}"
-        check_policy(config.policy, study, config.data.declared_patients)
-        check_unit(config.data, study)
-        yield "policy: permits this study"
-    wanted = Wanted.by(study) if study else _seen(config.data)
-    cases = read_cases(config.data, wanted)
-    yield from _describe_pixels(config.data, cases, study)
-    for split, members in split_cases(cases, config.data).items():
-        patients = len({case.patient for case in members})
-        yield f"{split}: {len(members)} images of {patients} patients; {_support(members, wanted)}"
-    if config.data.declared_patients is None:
-        yield "data.declared_patients is not set: a deployed study needs it (a public constant)"
+        yield from check_terms(config, study)
+    yield from check_data(config, study)
+    if study is not None:
+        yield from check_budget(config, study)
+    yield _check_device(config.device)
 
 
-def _check_state_dir(folder: Path) -> None:
+def _check_consortium(
+    config: SiteConfig, study: Study | None, *, offline: bool, now: datetime
+) -> Iterator[Finding]:
+    """The key, the certificate, and the coordinator."""
+    if config.coordinator is None and config.certificates is None:
+        yield warning(
+            "coordinator, [certificates]: not in the site file; this site can simulate and not "
+            "take part; see certs/README.md"
+        )
+        return
+    if config.coordinator is None or config.certificates is None:
+        missing = "coordinator" if config.coordinator is None else "[certificates]"
+        yield fault(ConfigError(f"{missing}: not in the site file; taking part needs both"))
+        return
+    yield from _check_key_mode(config.certificates)
+    found = list(check_certificate(config, config.certificates, now))
+    yield from found
+    if offline:
+        yield warning(f"coordinator {config.coordinator}: not called, as --offline says")
+        return
+    yield from check_connection(config, study, may_identify=not has_fault(found))
+
+
+def _check_state_dir(folder: Path, study: Study | None) -> Iterator[Finding]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"state_dir {folder}: {error.strerror}; choose a writable one") from None
+        yield fault(ConfigError(f"state_dir {folder}: {error.strerror}; choose a writable one"))
+        return
+    yield ok(f"state folder {folder}: writable")
+    try:
+        yield _check_space(folder, _model_bytes(study))
+    except ConfigError as error:
+        yield fault(error)
 
 
-def _describe_pixels(data: Data, cases: list[Case], study: Study | None) -> Iterator[str]:
-    shapes: Counter[str] = Counter()
-    broken = []
-    for case in cases:
-        try:
-            pixels = load_sample(case, study)[0] if study else case.load()
-            if study is None and case.load_mask is not None:
-                case.load_mask()
-        except DataError as error:
-            broken.append(str(error))
-            continue
-        size = "x".join(map(str, pixels.shape[1:]))
-        colour = "colour" if pixels.shape[0] == 3 else "grey"  # noqa: PLR2004
-        shapes[f"{size} {colour} {pixels.dtype}"] += 1
-    most = ", ".join(f"{shape} ({num})" for shape, num in shapes.most_common(MAX_NAMED))
-    more = f" and {len(shapes) - MAX_NAMED} other kinds" if len(shapes) > MAX_NAMED else ""
-    yield f"data set {data.name}: {len(cases) - len(broken)} readable images, {most}{more}"
-    if broken and data.on_broken == "stop":
-        named = "; ".join(broken[:MAX_NAMED])
-        raise DataError(
-            f"{len(broken)} unreadable: {named}; repair or remove them, or set "
-            'data.on_broken = "skip"'
+def _check_space(folder: Path, model_bytes: int) -> Finding:
+    free, needed = shutil.disk_usage(folder).free, max(LEAST_FREE_BYTES, MODELS_KEPT * model_bytes)
+    said = f"disk of {folder}: {_in_gib(free)} free, {_in_gib(needed)} needed"
+    if free < needed:
+        return fault(ConfigError(f"{said}; delete what is not needed, or move state_dir"))
+    return ok(said)
+
+
+def _model_bytes(study: Study | None) -> int:
+    return build_network(study).schema.num_params * BYTES_PER_PARAM if study else 0
+
+
+def _check_key_mode(files: Certificates) -> Iterator[Finding]:
+    try:
+        mode = stat.S_IMODE(files.key.stat().st_mode)
+    except OSError:
+        return  # the certificate's check says that the key cannot be read
+    if mode & ~0o600:
+        yield fault(
+            ConfigError(
+                f"key {files.key}: mode {mode:04o}, only its owner may read it: chmod 600 "
+                f"{files.key}; if others could log in here, let the CA revoke it"
+            )
         )
-    if broken:
-        yield f"{len(broken)} unreadable images will be skipped"
-
-
-def _support(cases: list[Case], wanted: Wanted) -> str:
-    """Images per class, in the order of the classes."""
-    if not cases:
-        return "no images"
-    if wanted.labels == "masks":
-        return "each with a mask"
-    targets = np.array([case.target for case in cases])
-    if targets.ndim == 1:
-        counts = np.bincount(targets, minlength=len(wanted.classes))
     else:
-        counts = targets.sum(axis=0)
-    return ", ".join(f"{name} {num}" for name, num in zip(wanted.classes, counts, strict=True))
+        yield ok(f"key {files.key}: mode {mode:04o}")
 
 
-def _seen(data: Data) -> Wanted:
-    """What the files themselves hold, where no study says what to expect."""
-    if isinstance(data, FolderData) and data.layout == "pairs":
-        return MASKS
-    if isinstance(data, CsvData):
-        return _seen_csv(data)
-    if isinstance(data, FolderData):
-        return Wanted("multiclass", _class_folders(data.root), channels=AS_STORED, size=())
-    if isinstance(data, NpzData):
-        return _seen_npz(data)
-    return Wanted("binary", PHANTOM_CLASSES, channels=1, size=(64, 64))
+def _check_device(name: str) -> Finding:
+    try:
+        return ok(f"device: {pick_device(name).type}")
+    except ConfigError as error:
+        return fault(error)
 
 
-def _class_folders(root: Path) -> tuple[str, ...]:
-    if not root.is_dir():
-        raise DataError(f"{root}: not a folder; set data.root")
-    splits = [root / split for split in Split if (root / split).is_dir()]
-    found = {p.name for folder in splits or [root] for p in folder.iterdir() if p.is_dir()}
-    return tuple(sorted(found))
-
-
-def _seen_csv(data: CsvData) -> Wanted:
-    rows = read_rows(data)
-    if data.target is None:
-        raise DataError(f"{data.table}: a column per label; the study names them, so give --study")
-    found = {row[data.target] for _, row in rows}
-    if all(Path(value).suffix.lower() in SUFFIXES for value in found):
-        return MASKS
-    classes = sorted({name.strip() for value in found for name in value.split("|")} - {""})
-    labels: Labels = "multilabel" if any("|" in value for value in found) else "multiclass"
-    return Wanted(labels, tuple(classes), channels=AS_STORED, size=())
-
-
-def _seen_npz(data: NpzData) -> Wanted:
-    from client.readers.npz import open_npz
-
-    with open_npz(data.root) as (_, arrays):
-        labels = arrays.get("train_labels", np.zeros((0, 1)))
-    if labels.ndim == 2 and labels.shape[1] > 1:  # noqa: PLR2004
-        names = tuple(f"label {k}" for k in range(labels.shape[1]))
-        return Wanted("multilabel", names, channels=3, size=())
-    num_classes = int(labels.max(initial=0)) + 1
-    return Wanted(
-        "multiclass", tuple(f"class {k}" for k in range(num_classes)), channels=3, size=()
-    )
+def _in_gib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 30):.2f} GiB"

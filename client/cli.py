@@ -2,44 +2,127 @@
 
 from __future__ import annotations
 
+import getpass
+import logging
+import signal
+import threading
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from client.config import SiteConfig
+from client.config import SiteConfig, deployed
 from common.cli import start
 from common.config import load
 from common.errors import ConfigError
+from common.logs import LogFormat, LogFormatOption, start_logging
 from common.study import Study
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+audit_app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+app.add_typer(audit_app, name="audit", help="The log of everything received, decided and sent.")
 
 
 @app.callback(invoke_without_command=True)
 def site(
     context: typer.Context,
     site_config: Annotated[Path, typer.Option(help="The site's TOML file.")],
+    log_format: LogFormatOption = "text",
 ) -> None:
     """Run a hospital's side of a study. Without a command: take part."""
     context.obj = load(site_config, SiteConfig)
     if context.invoked_subcommand is None:
-        raise ConfigError(
-            "taking part over a network is not built yet; this version simulates: scripts/simulate"
-        )
+        take_part(context.obj, log_format)
+
+
+def take_part(config: SiteConfig, log_format: LogFormat) -> None:
+    """Stay connected and answer, until a signal says stop."""
+    deployed(config)  # before torch is imported: that takes seconds
+    from client.app import reply_to
+    from client.hospital import Hospital
+    from client.runtime import Place, serve
+
+    start_logging(log_format)
+    log = logging.getLogger("consilium.site")
+    hospital, stopped = Hospital(config), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    hospital.audit.append("started", site=config.name)
+    log.info("%s takes part; %d studies approved", config.name, len(hospital.approvals.lines()))
+    serve(Place.of(config), partial(reply_to, answered=hospital.answer), stopped)
+    hospital.audit.append("stopped", site=config.name)
+    log.info("stopped")
 
 
 @app.command()
 def check(
     context: typer.Context,
-    study: Annotated[Path | None, typer.Option(help="Also hold the data against a study.")] = None,
+    study: Annotated[
+        Path | None, typer.Option(help="Study file; without it, the newest approved one.")
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Leave the coordinator out.")] = False,
 ) -> None:
-    """Check the site file and read every image once; exit 3 names what cannot be used."""
-    planned = load(study, Study) if study else None
-    from client.check import check as lines
+    """Check all that taking part needs; a line each, exit code of the first FAULT."""
+    from client.check import check as findings
 
-    for line in lines(context.obj, planned):
+    exit_code = 0
+    for finding in findings(context.obj, study, offline=offline):
+        print(finding, flush=True)
+        exit_code = exit_code or finding.exit_code
+    raise typer.Exit(exit_code)
+
+
+@app.command()
+def status(context: typer.Context) -> None:
+    """Say how this site stands: process, certificate, studies, run, ledger, audit log."""
+    from client.status import status as lines
+
+    assert context.parent is not None  # noqa: S101 - the callback that reads the site file
+    site_file = context.parent.params["site_config"]
+    for line in lines(context.obj, site_file, datetime.now(UTC)):
         print(line, flush=True)
+
+
+@app.command()
+def ledger(context: typer.Context) -> None:
+    """Say what every run cost each data set, and what is left of its budget."""
+    from client.books import ledger_lines
+
+    for line in ledger_lines(context.obj):
+        print(line, flush=True)
+
+
+@audit_app.command()
+def verify(context: typer.Context) -> None:
+    """Check every line of the audit log; exit 3 names the first that is wrong."""
+    from client.books import audit_lines
+
+    for line in audit_lines(context.obj):
+        print(line, flush=True)
+
+
+@app.command()
+def approve(
+    context: typer.Context,
+    study_file: Annotated[Path, typer.Argument(help="The study's TOML file.")],
+    by: Annotated[str, typer.Option(help="Who approves; asked for if left out.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask: it was read before.")] = False,
+) -> None:
+    """Show what a study asks for, in plain words, and record that it was approved here."""
+    from client.approvals import Approvals
+    from client.plain_words import describe
+
+    config: SiteConfig = context.obj
+    study = load(study_file, Study)
+    for line in describe(study, config):
+        print(line)
+    name = by or typer.prompt("Approved by", default=getpass.getuser())
+    if not yes and not typer.confirm(f"Approve study {study.name} for {config.name}?"):
+        raise ConfigError("not approved; nothing was written")
+    Approvals(config.state_dir).approve(study, by=name, now=datetime.now(UTC))
+    print(f"approved: {study.name}, digest {study.digest()}, by {name}")
 
 
 def main() -> None:

@@ -108,7 +108,7 @@ def check_books(manifest: Manifest, site: Site) -> None:
     stated = next(member for member in manifest.members if member.name == site.name)
     for book, holds, head in (
         ("audit log", site.audit.holds, stated.audit),
-        ("ledger", site.ledger.holds, stated.ledger),
+        ("ledger", site.ledgers_hold, stated.ledger),
     ):
         if not holds(head):
             raise DataError(

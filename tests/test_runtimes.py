@@ -1,4 +1,4 @@
-"""The two runtimes, started as a person starts them."""
+"""The three runtimes, started as a person starts them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from deployment import found, running
+
+from client.config import simulated_table
+from client.dataset import count_training_units
+from common.config import load, read_table
+from common.study import Study
+from server.report import verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,21 +46,39 @@ def test_flower_and_one_process_give_the_same_model_on_real_images(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_seeded_private_study_is_the_same_under_flower_in_one_process_and_resumed(
+def test_a_seeded_private_study_is_the_same_under_flower_in_one_process_deployed_and_resumed(
     tmp_path: Path,
 ) -> None:
-    arguments = ["--study", str(ROOT / "studies/demo-seeded.toml"), "--sites", "3"]
+    study = ROOT / "studies/demo-seeded.toml"
+    arguments = ["--study", str(study), "--sites", "3"]
     local = _run("simulate", tmp_path / "local", *arguments)
     flower = _run("flwr-run", tmp_path / "flower", *arguments)
     killed = tmp_path / "killed"
     _kill_after_a_round(killed, *arguments)
     resumed = _run("simulate", killed, *arguments, "--resume")
     assert set(local["privacy"]) == {"site-1", "site-2", "site-3"}
-    for other in (flower, resumed):
+    for other in (flower, resumed, _deploy(study, tmp_path / "deployed")):
         assert other["final_model_sha256"] == local["final_model_sha256"]
         assert other["privacy"] == local["privacy"]
     other_noise = _run("simulate", tmp_path / "other", *arguments, "--seed", "2")
     assert other_noise["final_model_sha256"] != local["final_model_sha256"]
+
+
+def _deploy(study: Path, folder: Path) -> dict[str, object]:
+    """The same over TLS: a coordinator and three hospitals, each a process of its own."""
+    folder.mkdir()
+    data = read_table(study.with_suffix(".site.toml"))["data"]
+    dealt = simulated_table(study, data, {}).data
+    data["declared_patients"] = count_training_units(dealt, load(study, Study), None)
+    consortium = found(folder, study, ["site-1", "site-2", "site-3"], data=data)
+    with running(consortium):
+        for name in consortium.names:
+            consortium.start_site(name)
+        consortium.start_coordinator()
+        assert consortium.wait("coordinator") == 0, consortium.log("coordinator")
+    summary: dict[str, object] = json.loads((consortium.run_dir / "summary.json").read_text())
+    assert verify(consortium.run_dir).num_statements == 3 * (4 + 2)
+    return summary
 
 
 def _kill_after_a_round(folder: Path, *arguments: str) -> None:

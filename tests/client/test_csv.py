@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from client.check import check
 from client.config import CsvData, SiteConfig
+from client.data_check import check_data
 from client.dataset import load_site_data
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Split
@@ -413,6 +413,6 @@ def test_the_preflight_finds_out_what_the_table_holds(
     lines = [f"{line},{part}" for line, part in zip(text.splitlines(), parts, strict=True)]
     data = table("\n".join(lines), target="label", split="split")
     config = SiteConfig(name="site-1", state_dir=tmp_path / "state", data=data)
-    said = list(check(config))
+    said = [finding.text for finding in check_data(config, None)]
     assert any("3 readable images, 8x8 grey uint8 (3)" in line for line in said)
     assert any(line.startswith("train: ") and support in line for line in said)

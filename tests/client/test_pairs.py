@@ -1,5 +1,6 @@
 """Images beside masks of the same name: every way a mask is stored, and faults by file."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
-from client.check import check
 from client.config import FolderData, SiteConfig
+from client.data_check import check_data
 from client.dataset import load_site_data
 from client.images import Scans
 from client.readers import Case, Wanted, read_cases
@@ -389,13 +390,15 @@ def test_the_preflight_reads_masks_too_where_it_knows_the_study(
 ) -> None:
     three_pairs(tmp_path / "data")
     config = SiteConfig(name="site-1", state_dir=tmp_path / "s", data=pairs(tmp_path / "data"))
-    said = "\n".join(check(config, study_of(make_study, classes=4)))
+    study = study_of(make_study, classes=4)
+    said = "\n".join(map(str, check_data(config, study)))
     assert "3 readable images, 8x8 grey uint8 (3)" in said
     assert "each with a mask" in said
-    assert "3 readable images" in "\n".join(check(config))
+    assert "3 readable images" in "\n".join(map(str, check_data(config, None)))
     number_too_high(tmp_path / "data")
-    with pytest.raises(DataError, match=r"1 unreadable: .*2\.png: its mask holds 4"):
-        list(check(config, study_of(make_study, classes=4)))
+    (broken, *_) = check_data(config, study)
+    assert (broken.level, broken.exit_code) == ("FAULT", DataError.exit_code)
+    assert re.search(r"1 unreadable: .*2\.png: its mask holds 4", broken.text)
 
 
 def test_retina_photographs_are_read_with_vessels_and_field_of_view(real_data: Path) -> None:

@@ -1,4 +1,4 @@
-"""A consortium on one machine: a CA, kits, approvals, and the real programs over TLS on loopback."""
+"""A consortium on one machine: a CA, kits, approvals, and the programs over TLS on loopback."""
 
 from __future__ import annotations
 

@@ -1,0 +1,234 @@
+"""A site's books, read and never written: what was charged, what it stated, whether they agree.
+
+The journals are opened read-only, so all of this may run beside ``fl-client``.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from client.config import Budget, Certificates, SiteConfig
+from client.hospital import STUDIES
+from client.ledger import Ledger
+from client.site import AUDIT
+from common.accounting import Event, epsilon_of
+from common.audit import AuditLog, verify
+from common.errors import DataError, RemoteProtocolError
+from common.identity import read_certificate, read_party
+from common.manifest import Manifest
+from common.statement import Statement
+from common.study import Study
+
+USUAL_DELTA = 1e-5  # where no [budget] names one
+SHORT = 12  # digits of a digest
+
+
+@dataclass(frozen=True)
+class Charge:
+    """One line of a ledger."""
+
+    run: str
+    sum_number: int
+    event: Event
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the journal of one study tells without its secrets."""
+
+    manifest: Manifest
+    phase: str
+    sum_number: int | None  # of the last upload
+    purpose: str
+    is_unmasked: bool  # this site has helped to unmask it
+    statement: Statement | None  # of the last upload in a private study, signed
+
+
+def read_journal(folder: Path) -> Kept | None:
+    """The journal of a study's folder; None before the first epoch.
+
+    Raises:
+      DataError: It cannot be read.
+    """
+    path = folder / "journal.sqlite"
+    if not path.exists():
+        return None
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with closing(sqlite3.connect(uri, uri=True)) as database:
+            rows = dict(database.execute("SELECT name, content FROM memory").fetchall())
+        epoch = json.loads(rows["epoch"]) if "epoch" in rows else None
+        last = json.loads(rows["sum"]) if "sum" in rows else {}
+        return _kept(epoch, last) if epoch else None
+    except (sqlite3.Error, ValueError, KeyError, RemoteProtocolError) as error:
+        raise DataError(
+            f"journal {path} cannot be read ({error}); start fl-client, which says what to do"
+        ) from None
+
+
+def _kept(epoch: dict[str, Any], last: dict[str, Any]) -> Kept:
+    return Kept(
+        manifest=Manifest.parse(epoch["manifest"]),
+        phase=epoch["phase"],
+        sum_number=last.get("sum_number"),
+        purpose=last.get("purpose", ""),
+        is_unmasked=bool(last) and not last["own_share"],
+        statement=Statement.parse(last["statement"]) if last.get("statement") else None,
+    )
+
+
+def ledger_file(config: SiteConfig) -> Path:
+    """Of the data set that the site file names."""
+    return config.state_dir / "ledgers" / f"{config.data.name}.jsonl"
+
+
+def charged_in_run_under_way(home: Path, study: Study, ledger: Ledger) -> int:
+    """Sums that the run of a study was charged for; 0 before its first.
+
+    Raises:
+      DataError: The journal cannot be read.
+    """
+    kept = read_journal(home / STUDIES / study.digest())
+    return len(ledger.events_of(kept.manifest.run)) if kept else 0
+
+
+def ledger_lines(config: SiteConfig) -> Iterator[str]:
+    """Every run that was charged to a data set, epsilon after each, the total and what is left.
+
+    Raises:
+      DataError: A ledger is damaged.
+    """
+    files = sorted((config.state_dir / "ledgers").glob("*.jsonl"))
+    if not files:
+        yield f"no ledger in {config.state_dir / 'ledgers'}: nothing was ever charged"
+    for path in files:
+        budget = config.budget if path == ledger_file(config) else None
+        delta = budget.delta if budget else USUAL_DELTA
+        sofar: list[Event] = []
+        for run, charges in _runs(read_charges(path)):
+            sofar += [charge.event for charge in charges]
+            yield (
+                f"data set {path.stem}: run {run[:SHORT]}, {_describe(charges)}; epsilon "
+                f"{epsilon_of(sofar, delta):.3g} after it"
+            )
+        yield spent_line(path, budget)
+
+
+def spent_line(path: Path, budget: Budget | None) -> str:
+    """What was ever charged to one data set, against its budget.
+
+    Raises:
+      DataError: The ledger is damaged.
+    """
+    delta = budget.delta if budget else USUAL_DELTA
+    spent = Ledger(path, path.stem, budget).spent(delta)
+    head = f"data set {path.stem}: epsilon {spent:.3g}"
+    if budget is None:
+        return f"{head} at delta {delta:g}; no [budget] in the site file bounds it"
+    left = max(0.0, budget.epsilon - spent)
+    return f"{head} of {budget.epsilon:g} at delta {delta:g}; {left:.3g} left"
+
+
+def read_charges(path: Path) -> list[Charge]:
+    """Every line of a ledger, oldest first.
+
+    Raises:
+      DataError: A line is damaged.
+    """
+    Ledger(path, path.stem, None)
+    lines = map(json.loads, path.read_bytes().splitlines())
+    return [
+        Charge(
+            line["run"],
+            line["sum"],
+            Event(line["noise_multiplier"], line["sampling_probability"], line["steps"]),
+        )
+        for line in lines
+    ]
+
+
+def _runs(charges: list[Charge]) -> list[tuple[str, list[Charge]]]:
+    """Charges by run, in the order of each run's first."""
+    runs = dict.fromkeys(charge.run for charge in charges)
+    return [(run, [one for one in charges if one.run == run]) for run in runs]
+
+
+def _describe(charges: list[Charge]) -> str:
+    """Equal events in a row are one."""
+    groups = [list(group) for _, group in groupby(charges, key=lambda charge: charge.event)]
+    return ", then ".join(_describe_equal(group) for group in groups)
+
+
+def _describe_equal(charges: list[Charge]) -> str:
+    event, num = charges[0].event, len(charges)
+    return (
+        f"{num} sum{'' if num == 1 else 's'} of {event.steps} steps (noise multiplier "
+        f"{event.noise_multiplier:.4g}, sampling probability {event.sampling_probability:.4g})"
+    )
+
+
+def audit_lines(config: SiteConfig) -> Iterator[str]:
+    """Check every line of the audit log, and both books against what this site last stated.
+
+    Raises:
+      DataError: Damage, with the number of the first line that is wrong; or the audit log or a
+        ledger no longer holds what was stated.
+    """
+    path = config.state_dir / AUDIT
+    found = verify(path)
+    yield f"audit log {path}: {found.num_lines} lines, none changed, removed or put in between"
+    yield f"head {found.head}"
+    if found.num_lines:
+        yield f"times {found.first_time} to {found.last_time}"
+    statements = list(_last_statements(config.state_dir))
+    for statement in statements:
+        yield _check_stated(statement, config)
+    if not statements:
+        yield "no signed statement is kept here: lines cut off the end would not be noticed"
+
+
+def _last_statements(home: Path) -> Iterator[Statement]:
+    for folder in sorted((home / STUDIES).glob("*")):
+        kept = read_journal(folder)
+        if kept and kept.statement:
+            yield kept.statement
+
+
+def _check_stated(stated: Statement, config: SiteConfig) -> str:
+    """Refuse books that do not hold the heads that this site signed."""
+    which = f"statement on sum {stated.sum_number} of run {stated.run[:SHORT]}"
+    home = config.state_dir
+    _check_own(stated, which, config.certificates)
+    ledgers = [Ledger(path, path.stem, None) for path in (home / "ledgers").glob("*.jsonl")]
+    is_held = {
+        "audit log": AuditLog(home / AUDIT, lambda: datetime.now(UTC)).holds(stated.audit),
+        "ledger": any(ledger.holds(stated.ledger) for ledger in ledgers),
+    }
+    for book, holds in is_held.items():
+        if not holds:
+            head = stated.audit if book == "audit log" else stated.ledger
+            raise DataError(
+                f"the {book} does not hold the head {head[:SHORT]}... of this site's signed "
+                f"{which}: lines were cut off, or an older copy was put back; restore the newest"
+            )
+    return f"{which}: audit log and ledger hold its heads"
+
+
+def _check_own(stated: Statement, which: str, files: Certificates | None) -> None:
+    if files is None:
+        return
+    try:
+        stated.check_signed(read_party(read_certificate(files.cert))[2])
+    except RemoteProtocolError:
+        raise DataError(
+            f"the {which} is not signed with this site's key: the journal was changed, or the "
+            "site has a new key; compare with the coordinator's copy"
+        ) from None
