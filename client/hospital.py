@@ -9,7 +9,6 @@ import os
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
-from pathlib import Path
 
 from client.approvals import Approvals
 from client.config import SiteConfig, deployed

@@ -30,7 +30,7 @@ from common.statement import Statement
 from common.study import Study
 from common.tasks import Task, task_of
 
-AUDIT = "audit.jsonl"  # in a site's folder
+AUDIT, LEDGERS = "audit.jsonl", "ledgers"  # in a site's folder
 
 
 def _utc_now() -> datetime:
@@ -82,6 +82,12 @@ class Site:
     def evidence(self) -> Evidence:
         """What this site refused."""
         return Evidence(self.state_dir)
+
+    def ledgers_hold(self, head: str) -> bool:
+        """Whether any data set's ledger has this head: another study may have used another one."""
+        paths = sorted((self.home / LEDGERS).glob("*.jsonl"))
+        books = (Ledger(path, path.stem, None) for path in paths)
+        return self.ledger.holds(head) or any(book.holds(head) for book in books)
 
     @functools.cached_property
     def audit(self) -> AuditLog:
@@ -192,7 +198,7 @@ def open_site(
         task=task_of(study),
         journal=Journal(state_dir / "journal.sqlite"),
         ledger=Ledger(
-            home / "ledgers" / f"{source.data_name}.jsonl", source.data_name, source.budget
+            home / LEDGERS / f"{source.data_name}.jsonl", source.data_name, source.budget
         ),
         plan=plan,
         load=source.load,

@@ -168,12 +168,18 @@ class PublicListener:
         except TimeoutError:
             await _reply(send, 408, "too slow")
             return
-        pending = [{"type": "http.request", "body": body, "more_body": False}]
+        whole = {"type": "http.request", "body": body, "more_body": False}
+        await self._app(scope, after(whole, receive), send)
 
-        async def once() -> MutableMapping[str, Any]:
-            return pending.pop() if pending else await receive()
 
-        await self._app(scope, once, send)
+def after(event: MutableMapping[str, Any], receive: Receive) -> Receive:
+    """``receive`` with an event before it that was taken from it already."""
+    pending = [event]
+
+    async def again() -> MutableMapping[str, Any]:
+        return pending.pop() if pending else await receive()
+
+    return again
 
 
 class PeerProtocol(HttpToolsProtocol):

@@ -39,6 +39,7 @@ from flwr.common.constant import (
 from flwr.common.serde import run_from_proto
 from flwr.proto.control_pb2 import StartRunRequest
 from flwr.proto.fab_pb2 import Fab
+from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
 from flwr.proto.runtime_pb2 import (
     AcquireTaskRequest,
@@ -67,10 +68,20 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from common.errors import ConfigError, RoundAborted
 from common.identity import Certified
-from server.listener import GRACE_S, App, Doorkeeper, PublicListener, public_config, tls_context
+from server.listener import (
+    FLEET,
+    GRACE_S,
+    App,
+    Doorkeeper,
+    PublicListener,
+    after,
+    public_config,
+    tls_context,
+)
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -78,6 +89,7 @@ ENVIRONMENT = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
 }
 ADMIN_HEADER = "x-consilium-admin"
+PUSH_MESSAGES = FLEET + "push-messages"
 START_S = 60.0
 STOP_S = 5.0
 HEARTBEAT_S = 20.0  # the coordinator's token lives 60 s without one
@@ -362,6 +374,40 @@ class AdminListener:
         await self._app(scope, receive, send)
 
 
+class OwnReplies:
+    """An ASGI app before Flower's: what a site pushes is a reply, and its own.
+
+    Flower checks who pushes, and not whom a message says it is from: a member that learned another
+    one's node id could send it instructions, or answer in its place.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request; the listener before this one gives its body in one piece."""
+        if scope["type"] == "http" and scope["path"] == PUSH_MESSAGES:
+            event = await receive()
+            if not _are_own_replies(event["body"]):
+                await send({"type": "http.response.start", "status": 400, "headers": []})
+                await send({"type": "http.response.body", "body": b"not a reply of this site"})
+                return
+            receive = after(event, receive)
+        await self._app(scope, receive, send)
+
+
+def _are_own_replies(body: bytes) -> bool:
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    return all(
+        message.metadata.src_node_id == request.node.node_id
+        and message.metadata.reply_to_message_id
+        for message in request.messages_list
+    )
+
+
 def flower_app(told: Listening) -> App:
     """Flower's SuperLink, in memory: what must survive lies at the sites and the coordinator."""
     config = SuperLinkLifespanConfig(
@@ -400,7 +446,7 @@ async def serve(told: Listening) -> None:
     doorkeeper = Doorkeeper(Path(told.ca), Path(told.revocation_list), told.members)
     register = partial(_register, app)
     context = tls_context(Path(told.ca), Path(told.certificate), Path(told.key))
-    door = PublicListener(app, doorkeeper, register, told.about)
+    door = PublicListener(OwnReplies(app), doorkeeper, register, told.about)
     listeners = [
         uvicorn.Server(public_config(door, context)),
         uvicorn.Server(

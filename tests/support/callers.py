@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import ssl
+import time
 from base64 import b64encode, encodebytes
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,17 +16,33 @@ from pathlib import Path
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from deployment import Consortium
+from deployment import Consortium, found
 from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from client.runtime import Place
-from common.authority import CERTIFICATE
+from client.runtime import Connection, Place
+from common.authority import CERTIFICATE, REVOKED, Authority
+from common.config import load
 from common.identity import Identity
+from common.study import Study
+from server.superlink import Listening, new_secret
 
 PULL = "/v1/fleet/pull-messages"
 HOST = "127.0.0.1"
+STUDY = Path(__file__).parents[2] / "studies" / "demo-seeded.toml"
+PHANTOMS = {
+    "name": "phantoms",
+    "format": "phantom",
+    "num_patients": 60,
+    "images_per_patient": 3,
+    "declared_patients": 50,
+}
+SECRET = new_secret()
+MEMBERS = ("site-1", "site-2", "site-3")
+BAD, GOOD = "site-1", "site-2"
+DAYS = 30
+SERVED_WITHIN_S = 5.0  # a fraction of a second, but for whatever else this machine does
 
 
 @dataclass(frozen=True)
@@ -240,3 +257,48 @@ def _point(key: ec.EllipticCurvePublicKey) -> bytes:
     return key.public_bytes(
         serialization.Encoding.X962, serialization.PublicFormat.UncompressedPoint
     )
+
+
+def found_with_stranger(folder: Path) -> Consortium:
+    """Three members, and ``stranger``: certified by the same CA, in another study."""
+    made = found(folder, STUDY, MEMBERS, data=PHANTOMS, overrides={"num_rounds": 2})
+    home = folder / "sites" / "stranger"
+    authority_of(made).enrol("stranger", "site", home, datetime.now(UTC), days=DAYS)
+    return made
+
+
+def is_served(caller: Caller, node_file: Path) -> None:
+    """The real client connects, asks and leaves, all of it soon."""
+    started = time.monotonic()
+    with Connection(place_of(caller, node_file)) as connection:
+        assert connection.pull() is None
+    assert time.monotonic() - started < SERVED_WITHIN_S
+
+
+def told_of(consortium: Consortium) -> Listening:
+    """What the SuperLink of a consortium is told."""
+    study, own, ca = (
+        load(consortium.study, Study),
+        consortium.folder / "coordinator",
+        consortium.folder / "ca",
+    )
+    return Listening(
+        host=HOST,
+        port=consortium.port,
+        ca=str(ca / CERTIFICATE),
+        certificate=str(own / "certificate.pem"),
+        key=str(own / "key.pem"),
+        revocation_list=str(ca / REVOKED),
+        members={member.name: member.key or "" for member in study.members},
+        about={"version": "test"},
+        health="",
+        secret=SECRET,
+    )
+
+
+def authority_of(consortium: Consortium) -> Authority:
+    return Authority.load(consortium.folder / "ca")
+
+
+def serial_number(caller: Caller) -> int:
+    return x509.load_der_x509_certificate(caller.identity.certificate).serial_number
