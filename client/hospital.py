@@ -18,7 +18,7 @@ from client.round import COORDINATOR, answer
 from client.site import AUDIT, Site, Source, open_site, pick_device
 from common.audit import MAX_VALUE_CHARS, AuditLog
 from common.disk import replace_file
-from common.errors import ConfigError, FederationError, PolicyError, RemoteProtocolError
+from common.errors import ConfigError, DataError, FederationError, PolicyError, RemoteProtocolError
 from common.facts import facts_of
 from common.identity import Identity, read_certificate
 from common.manifest import Manifest
@@ -26,7 +26,8 @@ from common.messages import Greeting, Introduction, Invitation, Message
 from common.roster import Credentials, Trust
 from common.study import Study
 
-STUDIES, CURRENT, LOCK, NEWEST_LIST = "studies", "current-study", ".lock", "revoked.crl"
+STUDIES, BEGAN = "studies", "began"  # folders: one per study, and which studies there were
+CURRENT, LOCK, NEWEST_LIST = "current-study", ".lock", "revoked.crl"
 
 
 def _utc_now() -> datetime:
@@ -135,6 +136,7 @@ class Hospital:
         if data.declared_patients is None:
             raise ConfigError("data.declared_patients is needed: a public constant, not a count")
         load = functools.partial(load_site_data, data, study)
+        self._check_folder(study)
         return open_site(
             self.config.name,
             study,
@@ -145,6 +147,22 @@ class Hospital:
             credentials=functools.partial(self._credentials, study),
             policy=self.config.policy,
         )
+
+    def _check_folder(self, study: Study) -> None:
+        """Refuse to begin anew where this hospital took part before and its journal is gone.
+
+        Raises:
+          DataError: R6.
+        """
+        began = self.home / BEGAN / study.digest()
+        if began.exists() and not (self.home / STUDIES / study.digest()).exists():
+            raise DataError(
+                f"the folder {STUDIES}/{study.digest()} is gone, and with it what this site said "
+                f"in study {study.name}; restore it, or leave the study",
+                rule="R6",
+            )
+        began.parent.mkdir(exist_ok=True)
+        began.touch()
 
     def _credentials(self, study: Study) -> Credentials:
         assert study.coordinator is not None  # noqa: S101 - permitted() has looked
