@@ -10,10 +10,9 @@ export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
 .PHONY: demo test check bench format clean
 
-demo: $(STAMP)  ## four hospitals and a coordinator learn from generated images; leaves a report
+demo: $(STAMP)  ## a CA, a coordinator and four hospitals over TLS learn from generated images; leaves a report
 	rm -rf runs/demo
-	scripts/simulate --study studies/phantoms.toml --sites 4 --run-dir runs/demo
-	$(BIN)/fl-report runs/demo
+	scripts/demo --run-dir runs/demo
 
 test: $(STAMP)  ## the tests; those marked slow run with CI=true
 	$(BIN)/python -m pytest -q -n auto --dist loadfile $(if $(filter true,$(CI)),,-m "not slow") $(ARGS)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.identity import Identity, read_certificate
-from common.manifest import code_digest
+from common.manifest import code_digest, smallest_epoch
 from common.messages import Greeting, Introduction, Message, Refusal
 from common.roster import CoordinatorCredentials, Trust
 from common.study import Study
@@ -25,7 +25,7 @@ from server.progress import ConsoleObserver, Readiness
 from server.run_dir import SUPERLINK, RunDir
 from server.superlink import CoordinatorGrid, Listening, SuperLink, new_secret
 
-ASK_S = 5.0  # a site that is not ready yet is asked again after so long
+ASK_S, LONGEST_S = 5.0, 60.0  # a site that is not ready yet is asked again after so long
 POLL_S = 0.2
 WATCH_S = 2.0  # between two looks at who connected anew
 ANSWER_S = 30.0  # for saying whether it takes part
@@ -155,8 +155,9 @@ def wait_for_members(
     A site is ready when it has answered that its people approved the study and its policy permits
     it. Whoever is not is asked again: an approval may come any minute.
     """
+    needed = max(study.cohort.min_sites, smallest_epoch(len(study.members)))
     greeting = Greeting(json.dumps(study.as_table()))
-    started, asked = time.monotonic(), dict[str, float]()
+    started, asked, pauses = time.monotonic(), dict[str, float](), dict[str, float]()
     states = dict.fromkeys(study.site_names, "not connected")
     while True:
         connected = set(network.sites())
@@ -164,16 +165,19 @@ def wait_for_members(
             if name not in connected:
                 states[name] = "not connected"
                 asked.pop(name, None)
+                pauses.pop(name, None)
         now = time.monotonic()
         due = [n for n in connected if states[n] != "ready" and now >= asked.get(n, 0.0)]
         if due:
-            asked |= dict.fromkeys(due, now + ASK_S)
+            for name in due:  # every question is a line in the site's audit log: not too many
+                pauses[name] = min(LONGEST_S, 2 * pauses.get(name, ASK_S / 2))
+                asked[name] = now + pauses[name]
             for name, reply in network.ask_within(dict.fromkeys(due, greeting), ANSWER_S):
                 states[name] = _state(reply)
         shown.show(states)
         num_ready = list(states.values()).count("ready")
         waited = time.monotonic() - started
-        if num_ready == len(states) or (waited > wait_s and num_ready >= study.cohort.min_sites):
+        if num_ready == len(states) or (waited > wait_s and num_ready >= needed):
             shown.done(states)
             return
         time.sleep(POLL_S)
