@@ -34,7 +34,7 @@ from server.superlink import CoordinatorGrid, SuperLink
 ROOT = Path(__file__).parent.parent
 PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")  # documented, with a promise
 AT_THE_EDGE = {"client/app.py", "common/wire.py", "server/app.py"}
-ADAPTERS = {"client/runtime.py", "server/superlink.py"}
+ADAPTERS = {"client/runtime.py", "server/superlink.py", "server/superlink_service.py"}
 SOON_S = 20.0  # it takes a second or two
 INSIDE = {
     "client/runtime.py": """
@@ -66,21 +66,16 @@ INSIDE = {
         flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor
     """,
     "server/superlink.py": """
-        flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL
-        flwr.common.constant.NOOP_ACCOUNT_NAME
-        flwr.common.constant.NOOP_FLWR_AID
         flwr.common.constant.SUPERLINK_NODE_ID
         flwr.common.serde.run_from_proto
         flwr.proto.control_pb2.StartRunRequest
         flwr.proto.fab_pb2.Fab
-        flwr.proto.fleet_pb2.PushMessagesRequest
         flwr.proto.message_pb2.ConfirmMessageReceivedRequest
         flwr.proto.runtime_pb2.AcquireTaskRequest
         flwr.proto.runtime_pb2.PullAppMessagesRequest
         flwr.proto.runtime_pb2.PullTaskInputRequest
         flwr.proto.runtime_pb2.PushTaskOutputRequest
         flwr.proto.runtime_pb2.SendTaskHeartbeatRequest
-        flwr.supercore.constant.FLWR_IN_MEMORY_DB_NAME
         flwr.supercore.constant.TaskType
         flwr.supercore.control.control_http_client.ControlHttpClient
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
@@ -90,17 +85,24 @@ INSIDE = {
         flwr.supercore.interceptors.RuntimeTokenHttpInterceptor
         flwr.supercore.interceptors.RuntimeVersionHttpInterceptor
         flwr.supercore.interceptors.SuperExecAuthHttpInterceptor
-        flwr.supercore.primitives.asymmetric.public_key_to_bytes
         flwr.supercore.protobuf.client.ProtobufCall
         flwr.supercore.protobuf.client.ProtobufRequestContext
         flwr.supercore.retry.RetryInvoker
         flwr.supercore.retry.exponential
         flwr.supercore.runtime.RuntimeHttpClient
         flwr.supercore.task_identity.TaskIdentity
+        flwr.superlink.grid.http_grid.HttpGrid
+    """,
+    "server/superlink_service.py": """
+        flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL
+        flwr.common.constant.NOOP_ACCOUNT_NAME
+        flwr.common.constant.NOOP_FLWR_AID
+        flwr.proto.fleet_pb2.PushMessagesRequest
+        flwr.supercore.constant.FLWR_IN_MEMORY_DB_NAME
+        flwr.supercore.primitives.asymmetric.public_key_to_bytes
         flwr.superlink.auth_plugin.NoOpControlAuthnPlugin
         flwr.superlink.cli.flower_superlink.SuperLinkLifespan
         flwr.superlink.config_loader.SuperLinkLifespanConfig
-        flwr.superlink.grid.http_grid.HttpGrid
         flwr.superlink.main.create_app
     """,
 }

@@ -1,0 +1,198 @@
+"""The process that Flower's SuperLink runs in: its app behind two listeners of our own.
+
+The public one is server.listener; the admin one is on loopback and asks every caller for a secret.
+Stock Flower serves both on one port, where whoever can reach it may start code on every site. The
+process ends when its standard input does, so it never outlives its coordinator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import socket
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+)
+from flwr.proto.fleet_pb2 import PushMessagesRequest
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
+from flwr.superlink.config_loader import SuperLinkLifespanConfig
+from flwr.superlink.main import create_app
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+from common.identity import Certified
+from server.listener import (
+    FLEET,
+    GRACE_S,
+    App,
+    Doorkeeper,
+    PublicListener,
+    after,
+    public_config,
+    tls_context,
+)
+from server.superlink import ADMIN_HEADER, Listening
+
+PUSH_MESSAGES = FLEET + "push-messages"
+
+
+class AdminListener:
+    """An ASGI app before Flower's that asks every caller for the secret."""
+
+    def __init__(self, app: App, secret: str) -> None:
+        self._app = app
+        self._secret = secret.encode()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request."""
+        if scope["type"] == "http":
+            given = dict(scope["headers"]).get(ADMIN_HEADER.encode(), b"")
+            if not hmac.compare_digest(given, self._secret):
+                await send({"type": "http.response.start", "status": 401, "headers": []})
+                await send({"type": "http.response.body", "body": b"the secret is missing"})
+                return
+        await self._app(scope, receive, send)
+
+
+class OwnReplies:
+    """An ASGI app before Flower's: what a site pushes is a reply, and its own.
+
+    Flower checks who pushes, and not whom a message says it is from: a member that learned another
+    one's node id could send it instructions, or answer in its place.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answer one request; the listener before this one gives its body in one piece."""
+        if scope["type"] == "http" and scope["path"] == PUSH_MESSAGES:
+            event = await receive()
+            if not _are_own_replies(event["body"]):
+                await send({"type": "http.response.start", "status": 400, "headers": []})
+                await send({"type": "http.response.body", "body": b"not a reply of this site"})
+                return
+            receive = after(event, receive)
+        await self._app(scope, receive, send)
+
+
+def _are_own_replies(body: bytes) -> bool:
+    try:
+        request = PushMessagesRequest.FromString(body)
+    except DecodeError:
+        return False
+    return all(
+        message.metadata.src_node_id == request.node.node_id
+        and message.metadata.reply_to_message_id
+        for message in request.messages_list
+    )
+
+
+def flower_app(told: Listening) -> App:
+    """Flower's SuperLink, in memory: what must survive lies at the sites and the coordinator."""
+    config = SuperLinkLifespanConfig(
+        control_address="",
+        health_server_address=told.health or None,
+        host="127.0.0.1",
+        port=0,
+        insecure=True,  # no listener of Flower's own is opened
+        certificates=None,
+        superexec_auth_secret=told.secret.encode(),
+        authn_plugin=NoOpControlAuthnPlugin(),
+        event_log_plugin=None,
+        fleet_event_log_plugin=None,
+        enable_event_log=False,
+        artifact_provider=None,
+        enable_supernode_auth=True,
+        fleet_api_type="grpc-rere",
+        fleet_api_address=None,
+        simulation=False,
+        ssl_ca_certfile=None,
+        ssl_certfile=None,
+        ssl_keyfile=None,
+        database=FLWR_IN_MEMORY_DB_NAME,
+        isolation="process",
+        runtime_dependency_install=False,
+    )
+    app: App = create_app(config, SuperLinkLifespan)
+    return app
+
+
+async def serve(told: Listening) -> None:
+    """Both listeners, until standard input ends."""
+    public = _bound(told.host, told.port)
+    admin = _bound("127.0.0.1", 0)
+    app = flower_app(told)
+    doorkeeper = Doorkeeper(Path(told.ca), Path(told.revocation_list), told.members)
+    register = partial(_register, app)
+    context = tls_context(Path(told.ca), Path(told.certificate), Path(told.key))
+    door = PublicListener(OwnReplies(app), doorkeeper, register, told.about)
+    listeners = [
+        uvicorn.Server(public_config(door, context)),
+        uvicorn.Server(
+            uvicorn.Config(
+                AdminListener(app, told.secret),
+                log_config=None,
+                access_log=False,
+                ws="none",
+                timeout_graceful_shutdown=GRACE_S,
+            )
+        ),
+    ]
+    sockets = [public, admin]
+    running = [
+        asyncio.create_task(listener._serve([each]))  # noqa: SLF001 - serve() takes the signals
+        for listener, each in zip(listeners, sockets, strict=True)
+    ]
+    while not all(listener.started for listener in listeners):
+        if any(task.done() for task in running):
+            await asyncio.gather(*running)
+            raise RuntimeError("a listener ended at its start")
+        await asyncio.sleep(0.01)
+    ports = {"public": public.getsockname()[1], "admin": admin.getsockname()[1]}
+    print(json.dumps(ports), flush=True)  # noqa: T201 - the answer
+    await asyncio.to_thread(sys.stdin.read)
+    for listener in listeners:
+        listener.should_exit = True
+    await asyncio.gather(*running)
+
+
+def _register(app: Any, site: Certified) -> None:
+    """Tell Flower the key of a member; its node id is new with every start of the SuperLink."""
+    app.state.linkstate_factory.state().create_node(
+        owner_aid=NOOP_FLWR_AID,
+        owner_name=NOOP_ACCOUNT_NAME,
+        public_key=public_key_to_bytes(site.key),
+        heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
+        name=site.name,
+    )
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    return socket.create_server((host, port), family=_family(host), backlog=1024)
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+if __name__ == "__main__":
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    flower = logging.getLogger("flwr")
+    flower.setLevel(logging.WARNING)
+    flower.handlers.clear()  # its colours do not belong in a file
+    asyncio.run(serve(Listening(**json.loads(sys.stdin.readline()))))
