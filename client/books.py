@@ -17,7 +17,7 @@ from typing import Any
 
 from client.config import Budget, Certificates, SiteConfig
 from client.hospital import STUDIES
-from client.ledger import Ledger
+from client.ledger import Ledger, charge_key
 from client.site import AUDIT
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog, verify
@@ -97,7 +97,9 @@ def charged_in_run_under_way(home: Path, study: Study, ledger: Ledger) -> int:
       DataError: The journal cannot be read.
     """
     kept = read_journal(home / STUDIES / study.digest())
-    return len(ledger.events_of(kept.manifest.run)) if kept else 0
+    if kept is None:
+        return 0
+    return len(ledger.events_of(charge_key(kept.manifest.run, kept.manifest.study)))
 
 
 def ledger_lines(config: SiteConfig) -> Iterator[str]:

@@ -7,7 +7,8 @@ its state. Nothing in it leaves the hospital but the name and the declared numbe
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,9 @@ from common.config import Frozen, RelativePath, validate
 from common.errors import ConfigError
 from common.identity import Identity
 from common.study import Count, Name, Positive
+
+
+Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a public key
 
 
 class SplitFractions(Frozen):
@@ -144,6 +148,8 @@ class Certificates(Frozen):
     ca: RelativePath
     cert: RelativePath
     key: RelativePath
+    revoked: RelativePath | None = None
+    """This hospital's own copy of the CA's list: the newest one counts, whoever brought it."""
 
 
 class Policy(Frozen):
@@ -153,6 +159,7 @@ class Policy(Frozen):
     max_epsilon: Positive | None = None  # of one study
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_rounds: Count | None = None
+    max_runs: Count = 10  # of one study: each may ask for sums over other members
     min_sites: Annotated[int, Field(ge=3)] = 3  # in every sum
     min_threshold: Annotated[int, Field(ge=3)] = 3  # sites that must help to unmask a sum
     min_patients: Count = 1  # declared by this site
@@ -160,6 +167,19 @@ class Policy(Frozen):
     allow_no_privacy: bool = False
     require_approval: bool = True
     """Whether a person here must have approved a study; without it, this table alone decides."""
+    coordinator_key: Fingerprint | None = None  # a study of another coordinator is refused
+    member_keys: dict[Name, Fingerprint] = {}  # by name; and one with another member
+
+    def conflicts(self) -> Iterator[tuple[str, str]]:
+        """Where nobody reads a study, its keys stand here: people compared them by telephone."""
+        if self.require_approval:
+            return
+        if self.coordinator_key is None:
+            text = "needed where require_approval is false; fl-certs show prints the fingerprint"
+            yield "coordinator_key", text
+        if not self.member_keys:
+            text = 'needed where require_approval is false: {name = "fingerprint", ...}'
+            yield "member_keys", text
 
 
 class SiteConfig(Frozen):
@@ -199,3 +219,20 @@ def deployed(config: SiteConfig) -> Certificates:
             f"certificates.cert is {name}'s, this site is {config.name}; give this site's own"
         )
     return config.certificates
+
+
+def check_key_mode(key: Path) -> None:
+    """Refuse a private key that others on this machine can read; none is the loader's to find.
+
+    Raises:
+      ConfigError: With the command that corrects it.
+    """
+    try:
+        mode = stat.S_IMODE(key.stat().st_mode)
+    except OSError:
+        return
+    if mode & ~0o600:
+        raise ConfigError(
+            f"key {key}: mode {mode:04o}, only its owner may read it: chmod 600 {key}; if others "
+            "could log in here, let the CA revoke it"
+        )

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,14 @@ from common.secagg.phases import Phase
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS manifest (digest TEXT PRIMARY KEY, run TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS answered (model TEXT, purpose TEXT, PRIMARY KEY (model, purpose));
+CREATE TABLE IF NOT EXISTS answered (
+    run TEXT, what TEXT, round INTEGER, model TEXT, PRIMARY KEY (run, what, round)
+);
+CREATE TABLE IF NOT EXISTS hospital.released (model TEXT, what TEXT, PRIMARY KEY (model, what));
 CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, content TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS counter (writes INTEGER NOT NULL);
 """
+RELEASED = "released.sqlite"
 LEAVE = "what was already said is unknown: this site must leave the run"
 
 
@@ -61,6 +66,7 @@ class SumMemory(Memory):
     task: bytes
     model_digest: str
     purpose: str
+    round_number: int
     header: bytes
     sealed: tuple[bytes, ...]
     share_commitments: tuple[bytes, ...]
@@ -71,11 +77,24 @@ class SumMemory(Memory):
     shares: str = ""
 
 
+@dataclass(frozen=True)
+class Releases:
+    """What an unmasked sum lets the coordinator learn, each with its round; see client.session."""
+
+    run: str
+    items: Mapping[str, int]
+
+
 class Journal:
     """One site's memory of one study."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, released: Path | None = None) -> None:
         """Open the journal at ``path``, or start one.
+
+        Args:
+          path: Of this study's journal.
+          released: What all studies of this site have in common: which models they helped to sum.
+            Beside the journal if not given.
 
         Raises:
           DataError: R6. It is damaged, older than this site remembers, or gone.
@@ -87,13 +106,19 @@ class Journal:
             raise DataError(f"journal {path} is gone; {LEAVE}", rule="R6")
         try:
             self._database = sqlite3.connect(path, isolation_level=None)
-            self._database.execute("PRAGMA synchronous = EXTRA")
-            self._database.execute("PRAGMA secure_delete = ON")
+            common = released or path.with_name(RELEASED)
+            # Attached, so that both are written in one transaction.
+            self._database.execute("ATTACH DATABASE ? AS hospital", (str(common),))
+            for schema in ("main", "hospital"):
+                self._database.execute(f"PRAGMA {schema}.synchronous = EXTRA")
+                self._database.execute(f"PRAGMA {schema}.secure_delete = ON")
             self._database.executescript(SCHEMA)
         except sqlite3.DatabaseError as error:
             raise DataError(f"journal {path} is damaged ({error}); {LEAVE}", rule="R6") from None
         path.chmod(0o600)
+        common.chmod(0o600)
         self.check()
+        self._check_released(common)
 
     def check(self) -> None:
         """Begin to read: refuse a journal that was put back from a backup.
@@ -112,6 +137,18 @@ class Journal:
                 rule="R6",
             )
         self._known = written
+
+    def _check_released(self, common: Path) -> None:
+        query = (
+            "SELECT count(*) FROM answered AS mine LEFT JOIN hospital.released AS ours "
+            "ON mine.model = ours.model AND mine.what = ours.what WHERE ours.model IS NULL"
+        )
+        if self._database.execute(query).fetchone()[0]:
+            raise DataError(
+                f"{common} lacks sums that this site helped with: it was put back from a backup, "
+                f"or is gone; {LEAVE}",
+                rule="R6",
+            )
 
     # What is known
 
@@ -135,10 +172,20 @@ class Journal:
         query = "SELECT 1 FROM manifest WHERE run = ?"
         return self._database.execute(query, (run,)).fetchone() is not None
 
-    def has_answered(self, model_digest: str, purpose: str) -> bool:
-        """Whether a sum over this model and purpose was unmasked with this site's help."""
-        query = "SELECT 1 FROM answered WHERE model = ? AND purpose = ?"
-        return self._database.execute(query, (model_digest, purpose)).fetchone() is not None
+    def num_runs(self) -> int:
+        """Runs of this study that this site was invited to."""
+        return int(self._database.execute("SELECT count(DISTINCT run) FROM manifest").fetchone()[0])
+
+    def has_released(self, model_digest: str, what: str) -> bool:
+        """Whether any study of this site helped to sum this over this model."""
+        query = "SELECT 1 FROM hospital.released WHERE model = ? AND what = ?"
+        return self._database.execute(query, (model_digest, what)).fetchone() is not None
+
+    def last_round(self, run: str, what: str) -> int | None:
+        """The last round of a run whose sum of this was unmasked; None before the first."""
+        query = "SELECT max(round) FROM answered WHERE run = ? AND what = ?"
+        (found,) = self._database.execute(query, (run, what)).fetchone()
+        return None if found is None else int(found)
 
     def body(self, sum_number: int) -> NDArray[np.uint8]:
         """The body of the last upload.
@@ -187,11 +234,14 @@ class Journal:
             if old != path:
                 old.unlink()
 
-    def record_answer(self, epoch: EpochMemory, last: SumMemory) -> None:
-        """Remember that a sum was unmasked: its model is never trained on again."""
+    def record_answer(self, epoch: EpochMemory, last: SumMemory, releases: Releases) -> None:
+        """Remember what a sum released, for this run and for every study of this site."""
         with self._transaction():
-            row = (last.model_digest, last.purpose)
-            self._database.execute("INSERT OR IGNORE INTO answered VALUES (?, ?)", row)
+            for what, number in releases.items.items():
+                row = (releases.run, what, number, last.model_digest)
+                self._database.execute("INSERT OR IGNORE INTO answered VALUES (?, ?, ?, ?)", row)
+                pair = (last.model_digest, what)
+                self._database.execute("INSERT OR IGNORE INTO released VALUES (?, ?)", pair)
             self._put("epoch", epoch)
             self._put("sum", last)
 

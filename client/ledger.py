@@ -13,11 +13,21 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import BinaryIO
 
 from client.config import Budget
 from common.accounting import Event, epsilon_of
 from common.audit import GENESIS
 from common.errors import BudgetExhausted, DataError
+
+
+def charge_key(run: str, study: str) -> str:
+    """What a debit is keyed by, beside the sum's number.
+
+    The coordinator chooses the run's name: without the study's digest, one charge would pay for a
+    run of that name in every approved study.
+    """
+    return f"{run}/{study}"
 
 
 class Ledger:
@@ -39,7 +49,7 @@ class Ledger:
         """Charge one sum; on disk when this returns.
 
         Args:
-          run: The run.
+          run: The run and its study; see ``charge_key``.
           sum_number: Charged once, however often it is asked for.
           event: What it costs.
           num_rounds: Sums that the study's epsilon pays for; a void one counts too.
@@ -47,7 +57,7 @@ class Ledger:
         Raises:
           BudgetExhausted: It does not fit; nothing is charged, and no data may be opened.
         """
-        with self._path.open("ab") as file:
+        with self._path.open("ab", buffering=0) as file:
             # Several processes of one site may hold this ledger: check and charge are one step.
             fcntl.flock(file, fcntl.LOCK_EX)
             known = self._events().get((run, sum_number))
@@ -63,9 +73,21 @@ class Ledger:
             self.check([event], f"sum {sum_number}")
             line = {"run": run, "sum": sum_number, **asdict(event)}
             os.fchmod(file.fileno(), 0o600)
-            file.write(json.dumps(line).encode() + b"\n")
+            self._append(file, json.dumps(line).encode() + b"\n")
+
+    def _append(self, file: BinaryIO, line: bytes) -> None:
+        """Write one line whole or not at all: half of one would close this data set."""
+        before = file.seek(0, os.SEEK_END)
+        try:
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
+        except OSError as error:
+            os.ftruncate(file.fileno(), before)
+            raise DataError(
+                f"the ledger of {self._data_name} cannot be written ({error.strerror}): nothing "
+                "was charged and no image opened; make room on the disk"
+            ) from None
 
     def check(self, planned: list[Event], what: str) -> None:
         """Refuse what the budget does not cover; nothing is charged.

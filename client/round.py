@@ -73,7 +73,9 @@ def answer_invitation(invitation: Invitation, site: Site) -> SiteKeys:
     party = site.party()
 
     def approve(manifest: Manifest) -> None:
-        if site.ledger.events_of(manifest.run) and not site.journal.has_seen_run(manifest.run):
+        if site.ledger.events_of(site.charged(manifest.run)) and not site.journal.has_seen_run(
+            manifest.run
+        ):
             raise DataError(
                 "the ledger knows this run and the journal does not: the journal is not this "
                 "site's own; this site must leave the run",
@@ -86,6 +88,12 @@ def answer_invitation(invitation: Invitation, site: Site) -> SiteKeys:
             min_sites=max(site.study.cohort.min_sites, site.policy.min_sites),
         )
         check_books(manifest, site)
+        runs = site.journal.num_runs()
+        if runs >= site.policy.max_runs and not site.journal.has_seen_run(manifest.run):
+            raise PolicyError(
+                f"run {runs + 1} of study {site.study.name}, max_runs is {site.policy.max_runs}; "
+                "the site's owner decides on [policy]"
+            )
         expected = plan_epoch(
             site.study, site.network.schema, site.task, manifest, first_model=site.first_model
         )
@@ -145,9 +153,8 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
     """Score the incoming model, train it on local images and return the masked update."""
     if site.plan is not None:
         # Debit before the data is touched: a crash may waste budget, never overspend it.
-        site.ledger.debit(
-            session.manifest.run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds
-        )
+        run = site.charged(session.manifest.run)
+        site.ledger.debit(run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds)
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
     update = local_update(task, site)
     quantized = quantize(

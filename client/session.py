@@ -20,7 +20,14 @@ from client.journal import EpochMemory, Journal, SumMemory
 from common.errors import DataError, LocalProtocolError, RemoteProtocolError
 from common.identity import read_certified
 from common.manifest import Manifest, check_window
-from common.messages import Encapsulated, FromCoordinator, RoundTask, Upload, digest_of_model
+from common.messages import (
+    Encapsulated,
+    FromCoordinator,
+    Purpose,
+    RoundTask,
+    Upload,
+    digest_of_model,
+)
 from common.quantize import EXPONENT_RANGE
 from common.roster import Credentials, check_encapsulated, check_still_certified
 from common.secagg.header import Header
@@ -37,6 +44,21 @@ class Party(Credentials):
     """This site at a moment: who it is, whom it believes, and what time it is."""
 
     now: datetime
+
+
+def releases(purpose: Purpose | str, round_number: int) -> dict[str, int]:
+    """What the sum of a task tells, and of which round's model: each is told once in a run.
+
+    A training task for round r scores the model of round r - 1 on validation besides. The model
+    that is returned is scored on test once in a run.
+    """
+    match Purpose(purpose):
+        case Purpose.TRAIN:
+            return {"update": round_number, "validation": round_number - 1}
+        case Purpose.VALIDATE:
+            return {"validation": round_number}
+        case Purpose.TEST:
+            return {"test": 0}
 
 
 class Session:
@@ -114,6 +136,7 @@ class Session:
             task=about,
             model_digest=task.model_digest,
             purpose=task.purpose.value,
+            round_number=task.round_number,
             header=protected.header.encode(),
             sealed=protected.sealed,
             share_commitments=protected.share_commitments,
@@ -178,12 +201,19 @@ class Session:
             raise RemoteProtocolError(text, rule="R5")
         if number < after:
             raise RemoteProtocolError(f"sum {number}: sum {after} was answered since", rule="R4")
-        if self.journal.has_answered(task.model_digest, task.purpose):
-            raise RemoteProtocolError(
-                f"this site has helped to unmask a sum over this model before ({task.purpose}); "
-                "another one over other sites would show the difference",
-                rule="R4",
-            )
+        for what, of_round in releases(task.purpose, task.round_number).items():
+            if self.journal.has_released(task.model_digest, what):
+                raise RemoteProtocolError(
+                    f"this site has helped to sum the {what} of this model before; another sum "
+                    "over other sites would show the difference",
+                    rule="R4",
+                )
+            done = self.journal.last_round(self.manifest.run, what)
+            if done is not None and of_round <= done:
+                raise RemoteProtocolError(
+                    f"the {what} of round {of_round}: this run has it for round {done} already",
+                    rule="R4",
+                )
 
     def _with_all_chains(self, task: RoundTask) -> EpochMemory:
         """The epoch with the pair keys that wait for a ciphertext of the first task."""

@@ -15,8 +15,8 @@ import torch
 from client.clipping import check_engine, check_layers
 from client.config import Budget, Policy
 from client.dataset import SiteData
-from client.journal import Journal
-from client.ledger import Ledger
+from client.journal import RELEASED, Journal
+from client.ledger import Ledger, charge_key
 from client.noise import Keystream
 from client.session import Party
 from common.audit import AuditLog
@@ -111,11 +111,15 @@ class Site:
             return Keystream.from_seed(self.study.seed, self._index, sum_number)
         return Keystream.from_os()
 
+    def charged(self, run: str) -> str:
+        """How the ledger names a run of this site's study."""
+        return charge_key(run, self.study.digest())
+
     def spending(self, run: str) -> dict[str, Any]:
         """What this run has spent so far, and how; empty in a study without privacy."""
         if self.plan is None:
             return {}
-        steps = sum(event.steps for event in self.ledger.events_of(run))
+        steps = sum(event.steps for event in self.ledger.events_of(self.charged(run)))
         event, terms = self.plan.event, self.plan.terms
         return {
             "epsilon": self.plan.epsilon_of_steps(steps),
@@ -196,7 +200,7 @@ def open_site(
         network=network,
         first_model=digest_of_weights(network),
         task=task_of(study),
-        journal=Journal(state_dir / "journal.sqlite"),
+        journal=Journal(state_dir / "journal.sqlite", home / RELEASED),
         ledger=Ledger(
             home / LEDGERS / f"{source.data_name}.jsonl", source.data_name, source.budget
         ),

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 
-from client.journal import EpochMemory, SumMemory
-from client.session import Session
+from client.journal import EpochMemory, Releases, SumMemory
+from client.session import Session, releases
 from common.errors import RemoteProtocolError
 from common.messages import Shares, Survivors, Unmask, Vote
 from common.record import as_table, from_table
@@ -100,7 +100,8 @@ def unmask(session: Session, request: Unmask) -> Shares:
     session.epoch = session.epoch.model_copy(
         update={"phase": phase, "chains": onwards, "chain_step": said.sum_number + 1}
     )
-    session.journal.record_answer(session.epoch, said.model_copy(update=answered))
+    told = Releases(session.manifest.run, releases(said.purpose, said.round_number))
+    session.journal.record_answer(session.epoch, said.model_copy(update=answered), told)
     return reply
 
 

@@ -545,11 +545,22 @@ def test_a_model_whose_sum_was_void_may_be_trained_again_in_another_epoch(folder
 
 def test_the_same_model_may_be_summed_once_for_each_purpose(folder: Path) -> None:
     federation = VectorFederation(folder, 4)
-    for number, purpose in enumerate(Purpose):
+    for number, purpose in enumerate((Purpose.VALIDATE, Purpose.TEST)):
         federation.open_epoch(2 + number, ALL[number % 2 :])
         task = federation.next_task(purpose, model=7)
         federation.check(federation.sum(task), ALL[number % 2 :])
     assert not federation.network.refused
+
+
+def test_training_scores_a_model_too_so_it_is_not_validated_again_over_other_sites(
+    folder: Path,
+) -> None:
+    federation = VectorFederation(folder, 5)
+    federation.check(federation.sum(federation.next_task(Purpose.TRAIN, model=7)), federation.names)
+    federation.open_epoch(2, federation.names[1:])
+    total = federation.sum(federation.next_task(Purpose.VALIDATE, model=7))
+    assert isinstance(total, Void)
+    assert set(total.refusals.values()) == {"protocol"}
 
 
 def test_a_sum_number_does_not_come_back_in_another_epoch(folder: Path) -> None:

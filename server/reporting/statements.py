@@ -6,12 +6,14 @@ import itertools
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.accounting import Event, epsilon_of
 from common.errors import FederationError, RemoteProtocolError
 from common.identity import read_certified
+from common.plan import plan_privacy
 from common.statement import Statement
 from common.study import DifferentialPrivacy
 from server.reporting.record import Record
@@ -38,13 +40,44 @@ def check_statements(record: Record) -> int:
             if _constants(before) != _constants(after) or after.steps < before.steps:
                 raise _wrong(after, "it does not follow from the statement before it")
     for line in (*record.rounds, *record.evaluations):
-        for site in line["survivors"]:
-            if line["sum"] not in {one.sum_number for one in stated.get(site, [])}:
-                raise FederationError(
-                    f"{PRIVACY}/{site}.json: no statement about sum {line['sum']}, which the site "
-                    "was part of; restore the file that the run wrote"
-                )
+        _check_complete(line, stated)
+    for site, statements in stated.items():
+        trained = sorted(line["sum"] for line in record.rounds if site in line["survivors"])
+        for one in statements:
+            _check_spent(one, record, sum(number <= one.sum_number for number in trained))
     return sum(map(len, stated.values()))
+
+
+def _check_complete(line: dict[str, Any], stated: dict[str, list[Statement]]) -> None:
+    """Refuse a sum about which one of its sites stated nothing."""
+    for site in line["survivors"]:
+        if line["sum"] not in {one.sum_number for one in stated.get(site, [])}:
+            raise FederationError(
+                f"{PRIVACY}/{site}.json: no statement about sum {line['sum']}, which the site "
+                "was part of; restore the file that the run wrote"
+            )
+
+
+def _check_spent(one: Statement, record: Record, num_trained: int) -> None:
+    """Refuse a statement of less than the study asked for, or than the site was seen to train."""
+    terms = record.study.privacy
+    assert isinstance(terms, DifferentialPrivacy)  # noqa: S101 - check_statements() has looked
+    for key in ("delta", "unit", "randomness"):
+        if getattr(one, key) != getattr(terms, key):
+            raise _wrong(one, f"{key} is {getattr(one, key)}, the study says {getattr(terms, key)}")
+    # The sampling probability tells the declared number of patients, and that the rest of the plan.
+    declared = round(record.study.training.batch_size / one.sampling_probability)
+    plan = plan_privacy(record.study, max(1, declared))
+    assert plan is not None  # noqa: S101 - the study is private
+    if not math.isclose(plan.event.noise_multiplier, one.noise_multiplier, rel_tol=1e-9):
+        wanted = f"{plan.event.noise_multiplier:.6g}"
+        raise _wrong(one, f"noise_multiplier is {one.noise_multiplier:.6g}, the plan's {wanted}")
+    if one.steps % plan.event.steps or one.steps < num_trained * plan.event.steps:
+        raise _wrong(
+            one,
+            f"{one.steps} steps, where {num_trained} sums of {plan.event.steps} steps were "
+            "unmasked with this site's update in them",
+        )
 
 
 def _check(

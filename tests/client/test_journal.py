@@ -4,15 +4,24 @@ import base64
 import shutil
 import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from one_site import SITE, is_exact, same
+from one_site import MODEL, SITE, is_exact, refused, same
 from protocol import Bare, Cast
 
+from client.journal import EpochMemory, Journal, Releases, SumMemory
 from common.errors import DataError, FederationError
 from common.messages import Purpose
+from common.secagg.phases import Phase
+
+EPOCH = EpochMemory(manifest="", phase=Phase.READY)
+SUM = SumMemory(
+    sum_number=0, task=b"", model_digest="m" * 64, purpose="train", round_number=1, header=b"",
+    sealed=(), share_commitments=(), statement="", own_share=b"",
+)  # fmt: skip
 
 # Secrets
 
@@ -108,9 +117,10 @@ def modes(site: Bare) -> dict[str, int]:
 
 
 def test_the_journal_is_for_this_user_alone(cast: Cast, site: Bare) -> None:
-    assert modes(site) == {"journal.sqlite": 0o600}
+    assert modes(site) == {"journal.sqlite": 0o600, "released.sqlite": 0o600}
     uploads = cast.enrol().uploads()
     private = {"journal.sqlite": 0o600, "journal.mark": 0o600, "answer-0.bin": 0o600}
+    private |= {"released.sqlite": 0o600}
     assert modes(site) == private
     cast.shares(uploads)
     site.restart()
@@ -243,3 +253,39 @@ def test_an_unmasked_sum_can_be_asked_for_until_the_next_one(cast: Cast, site: B
     site.restart()
     assert same(site.answer(cast.task(SITE)), uploads[SITE])
     assert same(site.answer(cast.request(SITE, uploads)), shares[SITE])
+
+
+# What all studies of a site have in common
+
+
+def test_a_model_that_one_study_summed_is_not_summed_in_another(tmp_path: Path) -> None:
+    said = Releases("run", {"update": 1, "validation": 0})
+    one, other = (
+        Journal(tmp_path / name / "journal.sqlite", tmp_path / "released.sqlite") for name in "ab"
+    )
+    one.record_answer(EPOCH, SUM, said)
+    assert other.has_released("m" * 64, "update")
+    assert other.has_released("m" * 64, "validation")
+    assert not other.has_released("m" * 64, "test")
+    assert other.last_round("run", "update") is None  # rounds are counted in each study
+
+
+def test_a_round_that_was_summed_does_not_come_back_with_another_model(
+    cast: Cast, site: Bare
+) -> None:
+    cast.enrol()
+    cast.shares(cast.uploads(0))
+    nearly = MODEL * np.float32(1 + 1e-7)
+    with refused("R4", "the update of round 1: this run has it for round 1 already"):
+        site.answer(cast.task(SITE, 1, round_number=1, model=nearly))
+    with refused("R4", "the validation of round 0: this run has it for round 0 already"):
+        site.answer(cast.task(SITE, 1, purpose=Purpose.VALIDATE, round_number=0, model=nearly))
+
+
+def test_a_memory_of_all_studies_that_is_gone_stops_the_site(cast: Cast, site: Bare) -> None:
+    cast.enrol()
+    cast.shares(cast.uploads(0))
+    site.journal.close()
+    (site.state_dir / "released.sqlite").unlink()
+    with pytest.raises(DataError, match=r"released\.sqlite lacks sums .*\[R6\]$"):
+        site.restart()

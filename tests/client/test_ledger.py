@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import stat
 from pathlib import Path
 
 import pytest
 
 from client.config import Budget
-from client.ledger import Ledger
+from client.ledger import Ledger, charge_key
 from common.accounting import Event, epsilon_of
 from common.errors import BudgetExhausted, DataError
 
@@ -86,3 +88,46 @@ def test_a_run_is_never_charged_for_more_sums_than_its_epsilon_pays_for(tmp_path
         ledger.debit("run", 5, EVENT, num_rounds=3)
     ledger.debit("another run", 5, EVENT, num_rounds=3)
     assert len(ledger.events_of("run")) == 3
+
+
+def test_two_studies_whose_runs_the_coordinator_names_alike_are_charged_apart(
+    tmp_path: Path,
+) -> None:
+    ledger = _ledger(tmp_path)
+    for study in ("a" * 64, "b" * 64):
+        ledger.debit(charge_key("run", study), 0, EVENT, num_rounds=9)
+    assert ledger.spent(1e-5) == epsilon_of([EVENT, EVENT], 1e-5)
+
+
+def test_a_full_disk_charges_nothing_and_leaves_no_half_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = _ledger(tmp_path)
+    ledger.debit("run", 0, EVENT, num_rounds=9)
+    before = (tmp_path / "xrays.jsonl").read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(DataError, match=r"nothing was charged.*make room"):
+            ledger.debit("run", 1, EVENT, num_rounds=9)
+    assert (tmp_path / "xrays.jsonl").read_bytes() == before
+    ledger.debit("run", 1, EVENT, num_rounds=9)
+    assert len(_ledger(tmp_path).events_of("run")) == 2
+
+
+def test_a_head_stays_true_while_lines_are_added_and_is_missed_when_they_are_cut(
+    tmp_path: Path,
+) -> None:
+    ledger = _ledger(tmp_path, None)
+    heads = [ledger.head()]
+    for number in range(3):
+        ledger.debit("run", number, EVENT, num_rounds=9)
+        heads.append(ledger.head())
+    assert len(set(heads)) == 4
+    assert all(map(ledger.holds, heads))
+    path = tmp_path / "xrays.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    assert [ledger.holds(head) for head in heads] == [True, True, True, False]

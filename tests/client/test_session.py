@@ -279,12 +279,14 @@ def test_one_accepted_task_is_masked_once(cast: Cast, site: Bare) -> None:
 def test_a_model_is_answered_once_for_each_purpose(cast: Cast, site: Bare) -> None:
     cast.enrol()
     cast.shares(cast.uploads(0))
-    cast.uploads(1, purpose=Purpose.VALIDATE)  # another purpose
+    cast.uploads(1, purpose=Purpose.TEST)  # another split
     site.restart()
-    with refused("R4", r"helped to unmask a sum over this model before \(train\)"):
+    with refused("R4", r"helped to sum the update of this model before"):
         site.answer(cast.task(SITE, 2))
+    with refused("R4", r"helped to sum the validation of this model before"):
+        site.answer(cast.task(SITE, 2, purpose=Purpose.VALIDATE))  # training had scored it
     second = cast.renewed().enrol()
-    with refused("R4", r"helped to unmask a sum over this model before \(train\)"):
+    with refused("R4", r"helped to sum the update of this model before"):
         site.answer(second.task(SITE, 2))
     assert site.session().accept(second.task(SITE, 2, model=MODEL + 1)) is None
 

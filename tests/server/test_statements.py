@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from federation import federate, tiny_study
 
+from common.accounting import Event, epsilon_of
 from common.errors import FederationError
 from common.identity import Identity
 from common.statement import Statement
@@ -59,6 +60,19 @@ def signed_again(number: int, **changes: Any) -> Change:
     return how
 
 
+def understated(**changes: Any) -> Change:
+    """Every statement tells less than was spent, with an epsilon that follows and a signature."""
+
+    def how(statements: list[dict[str, Any]], identity: Identity) -> None:
+        for number, table in enumerate(statements):
+            told = Statement(**{**table, **changes})
+            event = Event(told.noise_multiplier, told.sampling_probability, told.steps)
+            told = told.model_copy(update={"epsilon": epsilon_of([event], told.delta)})
+            statements[number] = told.signed(identity).model_dump()
+
+    return how
+
+
 def written_over(number: int, **changes: Any) -> Change:
     """A lie of whoever holds the folder."""
     return lambda statements, _: statements[number].update(changes)
@@ -80,6 +94,11 @@ def test_every_sum_has_a_statement_of_every_site(finished: Path) -> None:
         (signed_again(1, site="site-1"), "it is about another site, run or study"),
         (signed_again(1, run="f" * 32), "it is about another site, run or study"),
         (signed_again(0, study="f" * 64), "it is about another site, run or study"),
+        (understated(delta=0.01), "delta is 0.01, the study says 1e-05"),
+        (understated(unit="image"), "unit is image, the study says patient"),
+        (understated(randomness="os"), "randomness is os, the study says seeded"),
+        (understated(noise_multiplier=1000.0), "noise_multiplier is 1000, the plan's"),
+        (understated(steps=2), "2 steps, where 2 sums of 2 steps were unmasked"),
         (lambda statements, _: statements.pop(1), r"no statement about sum 1"),
         (lambda statements, _: statements.pop(), r"no statement about sum 3"),
         (lambda statements, _: statements.reverse(), "it does not follow from the statement"),

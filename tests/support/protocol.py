@@ -232,7 +232,7 @@ class Cast:
         task = RoundTask(
             run=self.run.hex(),
             sum_number=sum_number,
-            round_number=1,
+            round_number=_next_round(changes.get("purpose", Purpose.TRAIN), sum_number),
             purpose=Purpose.TRAIN,
             exponents=self.manifest.exponents,
             model_digest=digest_of_model(model),
@@ -408,3 +408,8 @@ def _drawn(manifest: Manifest, site: int) -> QuantizedUpdate:
     edge = Ring(manifest.ring_bits, len(manifest.members)).max_magnitude
     values = rng.integers(-edge, edge, manifest.num_params, np.int32, endpoint=True)
     return QuantizedUpdate(values, rng.integers(-(2**40), 2**40, manifest.num_tail))
+
+
+def _next_round(purpose: Purpose, sum_number: int) -> int:
+    """A round that no sum of the run was about before; a model is scored on test once."""
+    return {Purpose.TRAIN: sum_number + 1, Purpose.VALIDATE: sum_number, Purpose.TEST: 1}[purpose]

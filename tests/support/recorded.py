@@ -207,12 +207,10 @@ def _record(folder: Path) -> Recording:
     epoch, missing = exchange_keys(talk, manifest)
     assert epoch is not None, missing
     begun = training_task(initial_state(study, manifest, first.vector()), epoch.run.hex())
-    other = first.vector() + np.float32(0.5)
-    following = replace(begun, round_number=2, model=other, model_digest=digest_of_model(other))
     tasks = [
         begun,
-        replace(following, sum_number=1),
-        replace(following, sum_number=2, purpose=Purpose.VALIDATE),
+        _following(begun, 1, Purpose.TRAIN),
+        _following(begun, 2, Purpose.VALIDATE),
     ]
     kept: list[Collected] = []
     for task, silent in zip(tasks, ((), (names[DROPPED],), ()), strict=True):
@@ -229,6 +227,19 @@ def _record(folder: Path) -> Recording:
         assert isinstance(total, Total)
     return Recording(
         folder, now, sites, credentials, manifest, network, epoch, tasks, collected=kept
+    )
+
+
+def _following(first: RoundTask, sum_number: int, purpose: Purpose) -> RoundTask:
+    """A later task, for round 2, over a model of its own."""
+    model = first.model + np.float32(0.5 * sum_number)
+    return replace(
+        first,
+        sum_number=sum_number,
+        round_number=2,
+        purpose=purpose,
+        model=model,
+        model_digest=digest_of_model(model),
     )
 
 

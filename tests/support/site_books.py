@@ -10,7 +10,7 @@ import numpy as np
 
 from client.hospital import CURRENT, STUDIES
 from client.journal import EpochMemory, Journal, SumMemory
-from client.ledger import Ledger
+from client.ledger import Ledger, charge_key
 from client.site import AUDIT
 from common.audit import AuditLog
 from common.identity import Identity
@@ -80,7 +80,9 @@ class Books:
         plan = plan_privacy(self.study, self.declared)
         assert plan is not None
         ledger = Ledger(self.ledger_file, self.data_name, None)
-        ledger.debit(run, sum_number, plan.event, num_rounds=plan.num_rounds)
+        ledger.debit(
+            charge_key(run, self.study.digest()), sum_number, plan.event, num_rounds=plan.num_rounds
+        )
         stated = Statement(
             run=run,
             study=self.study.digest(),

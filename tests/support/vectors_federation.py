@@ -53,6 +53,11 @@ def fast_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+def next_round(purpose: Purpose, sum_number: int) -> int:
+    """A round that no sum of the run was about before: one a sum, and the model before it."""
+    return sum_number + 1 if purpose == Purpose.TRAIN else sum_number
+
+
 class VectorSite:
     """A site that has integers in the place of a model."""
 
@@ -180,7 +185,7 @@ class VectorFederation:
         return RoundTask(
             run=self.epoch.run.hex(),
             sum_number=self.sum_number,
-            round_number=1,
+            round_number=next_round(purpose, self.sum_number),
             purpose=purpose,
             exponents=(0,) * NUM_TENSORS,
             model_digest=digest_of_model(values),
