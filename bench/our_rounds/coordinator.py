@@ -1,0 +1,49 @@
+"""``fl-server`` whose steps are timed and whose model is made up.
+
+``python -m our_rounds.coordinator NOTES NUM_PARAMS`` and then the arguments of ``fl-server``.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from our_rounds.made_up import network_of
+from our_rounds.notes import Ids, Notebook
+
+import server.cohort
+import server.coordinator
+from server import cli
+from server.run_dir import RunDir
+from server.superlink import CoordinatorGrid
+
+
+def pretend(num_params: int) -> None:
+    """A model of any size."""
+    server.coordinator.build_network = lambda *_: network_of(num_params)
+
+
+def watch(notebook: Notebook) -> None:
+    """Note what the coordinator does in a round, which begins and ends where a task is made."""
+    notebook.watch(server.cohort, "exchange_keys")
+    notebook.watch(server.coordinator, "training_task")
+    notebook.watch(server.coordinator, "validation_task")
+    notebook.watch(CoordinatorGrid, "push_messages")
+    notebook.watch(CoordinatorGrid, "pull_messages", pulled_ids)
+    notebook.watch(RunDir, "save_pending")
+    notebook.watch(server.coordinator, "secure_sum")
+    notebook.watch(RunDir, "save")
+
+
+def pulled_ids(replies: list[Any], *_: Any) -> Ids:
+    """Of the messages whose replies came."""
+    return [reply.metadata.reply_to_message_id for reply in replies]
+
+
+if __name__ == "__main__":
+    notes, params, *arguments = sys.argv[1:]
+    pretend(int(params))
+    watch(Notebook(Path(notes)))
+    sys.argv = ["fl-server", *arguments]
+    cli.main()
