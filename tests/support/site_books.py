@@ -112,6 +112,7 @@ class Books:
             task=b"t",
             model_digest=HEX,
             purpose="train",
+            round_number=1,
             header=b"h",
             sealed=(),
             share_commitments=(),
