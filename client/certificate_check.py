@@ -10,11 +10,11 @@ from cryptography import x509
 
 from client.config import Certificates, SiteConfig
 from client.finding import Finding, fault, ok, warning
-from client.hospital import NEWEST_LIST
+from client.place import NEWEST_LIST
 from common.certs_show import CERTIFICATE_WARNING
 from common.errors import ConfigError
 from common.identity import Identity, read_certificate, read_party
-from common.issued import is_issued_by, is_on
+from common.issued import is_issued_by, is_on, read_list
 
 
 def check_certificate(config: SiteConfig, files: Certificates, now: datetime) -> Iterator[Finding]:
@@ -37,6 +37,22 @@ def check_certificate(config: SiteConfig, files: Certificates, now: datetime) ->
         return
     ends = min(own.not_valid_after_utc, ca.not_valid_after_utc)
     yield _lasting(config.name, ends - now, ends)
+
+
+def check_own_list(files: Certificates, now: datetime) -> Iterator[Finding]:
+    """Whether this hospital's own copy of the revocation list counts."""
+    if files.revoked is None:
+        return
+    try:
+        ends = read_list(files.revoked, read_certificate(files.ca)).next_update_utc
+    except ConfigError as error:
+        yield fault(ConfigError(f"certificates.revoked: {error}"))
+        return
+    if ends is None or ends < now:
+        since = _day(ends) if ends else "ever"
+        yield warning(f"revocation list {files.revoked}: stale since {since}; get the CA's newest")
+    else:
+        yield ok(f"revocation list {files.revoked}: of this CA, good until {_day(ends)}")
 
 
 def _wrong_owner(name: str, role: str, site: str) -> Iterator[str]:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.certificate_check import check_certificate
-from client.config import Certificates, SiteConfig
+from client.certificate_check import check_certificate, check_own_list
+from client.config import SiteConfig, check_key_mode
 from client.connection_check import check_connection
 from client.data_check import check_data
 from client.finding import Finding, fault, has_fault, ok, warning
@@ -76,9 +76,10 @@ def _check_consortium(
         missing = "coordinator" if config.coordinator is None else "[certificates]"
         yield fault(ConfigError(f"{missing}: not in the site file; taking part needs both"))
         return
-    yield from _check_key_mode(config.certificates)
+    yield from _check_key_mode(config.certificates.key)
     found = list(check_certificate(config, config.certificates, now))
     yield from found
+    yield from check_own_list(config.certificates, now)
     if offline:
         yield warning(f"coordinator {config.coordinator}: not called, as --offline says")
         return
@@ -87,7 +88,7 @@ def _check_consortium(
 
 def _check_state_dir(folder: Path, study: Study | None) -> Iterator[Finding]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = folder / ".writable"
         probe.touch()
         probe.unlink()
@@ -113,20 +114,14 @@ def _model_bytes(study: Study | None) -> int:
     return build_network(study).schema.num_params * BYTES_PER_PARAM if study else 0
 
 
-def _check_key_mode(files: Certificates) -> Iterator[Finding]:
+def _check_key_mode(key: Path) -> Iterator[Finding]:
     try:
-        mode = stat.S_IMODE(files.key.stat().st_mode)
-    except OSError:
-        return  # the certificate's check says that the key cannot be read
-    if mode & ~0o600:
-        yield fault(
-            ConfigError(
-                f"key {files.key}: mode {mode:04o}, only its owner may read it: chmod 600 "
-                f"{files.key}; if others could log in here, let the CA revoke it"
-            )
-        )
+        check_key_mode(key)
+    except ConfigError as error:
+        yield fault(error)
     else:
-        yield ok(f"key {files.key}: mode {mode:04o}")
+        if key.exists():  # else the certificate's check says that it cannot be read
+            yield ok(f"key {key}: mode {stat.S_IMODE(key.stat().st_mode):04o}")
 
 
 def _check_device(name: str) -> Finding:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import getpass
 import logging
+import os
 import signal
 import threading
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from client.config import SiteConfig, deployed
+from client.config import SiteConfig, check_key_mode, deployed
 from common.cli import start
 from common.config import load
 from common.errors import ConfigError
@@ -39,10 +40,11 @@ def site(
 
 def take_part(config: SiteConfig, log_format: LogFormat) -> None:
     """Stay connected and answer, until a signal says stop."""
-    deployed(config)  # before torch is imported: that takes seconds
+    check_key_mode(deployed(config).key)  # before torch is imported: that takes seconds
     from client.app import reply_to
     from client.hospital import Hospital
-    from client.runtime import Place, serve
+    from client.place import Place
+    from client.runtime import serve
 
     start_logging(log_format)
     log = logging.getLogger("consilium.site")
@@ -51,7 +53,8 @@ def take_part(config: SiteConfig, log_format: LogFormat) -> None:
         signal.signal(number, lambda *_: stopped.set())
     hospital.audit.append("started", site=config.name)
     log.info("%s takes part; %d studies approved", config.name, len(hospital.approvals.lines()))
-    serve(Place.of(config), partial(reply_to, answered=hospital.answer), stopped)
+    answer = partial(reply_to, answered=hospital.answer)
+    serve(Place.of(config), answer, stopped, hospital.pause_s)
     hospital.audit.append("stopped", site=config.name)
     log.info("stopped")
 
@@ -113,6 +116,8 @@ def approve(
     """Show what a study asks for, in plain words, and record that it was approved here."""
     from client.approvals import Approvals
     from client.plain_words import describe
+    from client.site import AUDIT
+    from common.audit import AuditLog
 
     config: SiteConfig = context.obj
     study = load(study_file, Study)
@@ -122,9 +127,13 @@ def approve(
     if not yes and not typer.confirm(f"Approve study {study.name} for {config.name}?"):
         raise ConfigError("not approved; nothing was written")
     Approvals(config.state_dir).approve(study, by=name, now=datetime.now(UTC))
+    # Who approved is the hospital's own; heads of this log leave it, names never do.
+    log = AuditLog(config.state_dir / AUDIT, lambda: datetime.now(UTC))
+    log.append("approved", study=study.name, digest=study.digest())
     print(f"approved: {study.name}, digest {study.digest()}, by {name}")
 
 
 def main() -> None:
-    """Entry point of ``fl-client``."""
+    """Entry point of ``fl-client``; what it writes is this user's alone."""
+    os.umask(0o077)
     start(app)

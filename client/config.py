@@ -19,7 +19,6 @@ from common.errors import ConfigError
 from common.identity import Identity
 from common.study import Count, Name, Positive
 
-
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a public key
 
 
@@ -168,7 +167,7 @@ class Policy(Frozen):
     require_approval: bool = True
     """Whether a person here must have approved a study; without it, this table alone decides."""
     coordinator_key: Fingerprint | None = None  # a study of another coordinator is refused
-    member_keys: dict[Name, Fingerprint] = {}  # by name; and one with another member
+    member_keys: dict[Name, Fingerprint] = Field(default_factory=dict)  # nor one of other members
 
     def conflicts(self) -> Iterator[tuple[str, str]]:
         """Where nobody reads a study, its keys stand here: people compared them by telephone."""

@@ -6,6 +6,7 @@ folder. Which image it is was fixed before the model was asked: the first of the
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def keep_example(
         image, mask, predicted = image[depth], mask[depth], predicted[depth]
     beside = folder / f".{EXAMPLE}"
     with beside.open("wb") as file:
+        os.fchmod(file.fileno(), 0o600)
         np.savez_compressed(
             file,
             image=_grey(image),

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from common.config import printable
 from common.errors import FederationError
 
 Level = Literal["ok", "warning", "FAULT"]
@@ -47,4 +48,4 @@ def one_line(text: str) -> str:
     """A message of several lines as one; what does not print is ``?``: a peer may have sent it."""
     first, *rest = text.split("\n")
     joined = f"{first} {'; '.join(line.strip() for line in rest)}" if rest else first
-    return "".join(char if char.isprintable() else "?" for char in joined)
+    return printable(joined)

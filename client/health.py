@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.config import SiteConfig
-from client.runtime import Place
-from common.errors import ConfigError
+from client.place import Place
+from common.errors import ConfigError, RemoteProtocolError
 from common.identity import read_certified
 
 TIMEOUT_S = 10.0  # of each step
@@ -94,8 +94,10 @@ def ask(
       ConfigError: TLS fails on either side, or the coordinator refuses; with what is known why.
     """
     try:
-        with Place.of(config).tls().wrap_socket(line, server_hostname=address.host) as secure:
+        place = Place.of(config)
+        with place.tls().wrap_socket(line, server_hostname=address.host) as secure:
             shown = secure.getpeercert(binary_form=True) or b""
+            place.check_coordinator(shown)
             began = clock()
             status, content = _get(secure, address)
             middle = (began + clock()) / 2
@@ -105,6 +107,10 @@ def ask(
         raise ConfigError(
             f"coordinator {address}: TLS refused ({error.reason or error}); this is not its port, "
             "or it does not accept this certificate: ask which CA it has"
+        ) from None
+    except RemoteProtocolError as error:
+        raise ConfigError(
+            f"coordinator {address}: {error}; do not go on before its operator has explained it"
         ) from None
     except (OSError, http.client.HTTPException) as error:
         raise ConfigError(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import fcntl
 import functools
-import json
 import os
 import weakref
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 from client.approvals import Approvals
 from client.config import SiteConfig, deployed
 from client.dataset import load_site_data
+from client.own_files import OwnFiles
+from client.place import NEWEST_LIST
 from client.policy import check_policy, check_unit
 from client.round import COORDINATOR, answer
 from client.site import AUDIT, Site, Source, open_site, pick_device
@@ -20,14 +22,15 @@ from common.audit import MAX_VALUE_CHARS, AuditLog
 from common.disk import replace_file
 from common.errors import ConfigError, DataError, FederationError, PolicyError, RemoteProtocolError
 from common.facts import facts_of
-from common.identity import Identity, read_certificate
 from common.manifest import Manifest
 from common.messages import Greeting, Introduction, Invitation, Message
 from common.roster import Credentials, Trust
 from common.study import Study
 
 STUDIES, BEGAN = "studies", "began"  # folders: one per study, and which studies there were
-CURRENT, LOCK, NEWEST_LIST = "current-study", ".lock", "revoked.crl"
+CURRENT, LOCK = "current-study", ".lock"
+JOURNAL = "journal.sqlite"  # in a study's folder; client.journal tells where it alone is gone
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # after refusals in a row; the coordinator waits 30 s
 
 
 def _utc_now() -> datetime:
@@ -43,15 +46,23 @@ class Hospital:
         Raises:
           ConfigError: The site file lacks what a deployment needs; or another process runs.
         """
-        self.certificates = deployed(config)
+        files = deployed(config)
         self.config = config
         self.home = config.state_dir
-        self.home.mkdir(parents=True, exist_ok=True)
+        self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._now = now
         self._lock()
+        self._files = OwnFiles(files, self.home / NEWEST_LIST, now)
         self.approvals = Approvals(self.home)
         self.audit = AuditLog(self.home / AUDIT, now)
         self._current: tuple[str, Site] | None = None
+        self._num_refused = 0  # in a row
+
+    def pause_s(self) -> float:
+        """How long to wait before the next message: nobody may fill a disk with refused ones."""
+        if not self._num_refused:
+            return 0.0
+        return float(min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2 ** min(self._num_refused - 1, 16)))
 
     def answer(self, message: Message) -> Message:
         """Answer one message.
@@ -59,11 +70,17 @@ class Hospital:
         Raises:
           FederationError: The hospital does not answer; the reason stays here.
         """
+        self._num_refused += 1
+        answered = self._answer(message)
+        self._num_refused = 0
+        return answered
+
+    def _answer(self, message: Message) -> Message:
         if isinstance(message, Greeting):
             return self._audited(message, self._introduce)
         try:
             site = self._site_for(message)
-        except FederationError as error:
+        except Exception as error:  # noqa: BLE001 - raised again once it is in the audit log
             refusal = error
             return self._audited(message, functools.partial(_refuse, error=refusal))
         return answer(message, site)
@@ -94,10 +111,7 @@ class Hospital:
     def _introduce(self, greeting: Message) -> Message:
         """Say whether this hospital takes part in the proposed study; its file is kept to read."""
         assert isinstance(greeting, Greeting)  # noqa: S101 - answer() has looked
-        try:
-            study, _ = self.approvals.propose(json.loads(greeting.study))
-        except (ValueError, TypeError, ConfigError) as error:
-            raise RemoteProtocolError(f"what was proposed is no study: {error}") from None
+        study, _ = self.approvals.propose(greeting.study)
         permitted = self.permitted(study.digest())
         return Introduction(permitted.site_names.index(self.config.name))
 
@@ -108,6 +122,9 @@ class Hospital:
         except FederationError as error:
             reason = f"{type(error).__name__}: {error}"[:MAX_VALUE_CHARS]
             self.audit.append("refused", peer=COORDINATOR, rule=error.rule, reason=reason)
+            raise
+        except Exception as error:
+            self.audit.append("refused", peer=COORDINATOR, rule="", reason=type(error).__name__)
             raise
         self.audit.append("sent", peer=COORDINATOR, **facts_of(said))
         return said
@@ -136,8 +153,8 @@ class Hospital:
         if data.declared_patients is None:
             raise ConfigError("data.declared_patients is needed: a public constant, not a count")
         load = functools.partial(load_site_data, data, study)
-        self._check_folder(study)
-        return open_site(
+        began = self._check_folder(study)
+        site = open_site(
             self.config.name,
             study,
             Source(data.name, data.declared_patients, budget, load),
@@ -147,34 +164,40 @@ class Hospital:
             credentials=functools.partial(self._credentials, study),
             policy=self.config.policy,
         )
+        # Its journal lies on disk now. What failed before said nothing yet, and may be corrected.
+        began.parent.mkdir(mode=0o700, exist_ok=True)
+        replace_file(began, b"")
+        return site
 
-    def _check_folder(self, study: Study) -> None:
+    def _check_folder(self, study: Study) -> Path:
         """Refuse to begin anew where this hospital took part before and its journal is gone.
+
+        Returns:
+          The mark that says from now on that it took part.
 
         Raises:
           DataError: R6.
         """
         began = self.home / BEGAN / study.digest()
-        if began.exists() and not (self.home / STUDIES / study.digest()).exists():
+        journal = self.home / STUDIES / study.digest() / JOURNAL
+        if began.exists() and not journal.exists():
             raise DataError(
-                f"the folder {STUDIES}/{study.digest()} is gone, and with it what this site said "
-                f"in study {study.name}; restore it, or leave the study",
+                f"the journal in {STUDIES}/{study.digest()} is gone, and with it what this site "
+                f"said in study {study.name}; restore it, or leave the study",
                 rule="R6",
             )
-        began.parent.mkdir(exist_ok=True)
-        began.touch()
+        return began
 
     def _credentials(self, study: Study) -> Credentials:
         assert study.coordinator is not None  # noqa: S101 - permitted() has looked
-        return Credentials(
-            Identity.load(self.certificates.cert, self.certificates.key),
-            Trust(
-                ca=read_certificate(self.certificates.ca),
-                members={member.name: member.key or "" for member in study.members},
-                coordinator=study.coordinator.key,
-                newest_list=self.home / NEWEST_LIST,
-            ),
+        trust = Trust(
+            ca=self._files.ca(),
+            members={member.name: member.key or "" for member in study.members},
+            coordinator=study.coordinator.key,
+            newest_list=self.home / NEWEST_LIST,
         )
+        self._files.take_list(trust)
+        return Credentials(self._files.identity(), trust)
 
     def _lock(self) -> None:
         """Keep a second process of this hospital out for as long as this object lives."""
@@ -188,5 +211,5 @@ class Hospital:
             ) from None
 
 
-def _refuse(_: Message, error: FederationError) -> Message:
+def _refuse(_: Message, error: Exception) -> Message:
     raise error

@@ -9,6 +9,8 @@ from common.errors import ConfigError, PolicyError
 from common.plan import plan_privacy
 from common.study import DifferentialPrivacy, NoPrivacy, Study
 
+SHORT = 12  # digits of a fingerprint
+
 
 def check_policy(policy: Policy, study: Study, declared_patients: int | None) -> None:
     """Hold a study against the site's policy.
@@ -48,11 +50,30 @@ def broken_rules(policy: Policy, study: Study, declared: int | None) -> Iterator
         yield f"{len(study.members)} members, min_sites is {policy.min_sites}"
     if declared is not None and declared < policy.min_patients:
         yield f"{declared} declared patients, min_patients is {policy.min_patients}"
+    yield from _other_keys(policy, study)
     if isinstance(study.privacy, NoPrivacy):
         if not policy.allow_no_privacy:
             yield "no differential privacy, allow_no_privacy is false"
         return
     yield from _broken_terms(policy, study, study.privacy, declared)
+
+
+def _other_keys(policy: Policy, study: Study) -> Iterator[str]:
+    """Keys that this site's own file pins, and the study has others."""
+    pinned = policy.coordinator_key
+    if pinned is not None and (study.coordinator is None or study.coordinator.key != pinned):
+        stated = study.coordinator.key[:SHORT] if study.coordinator else "none"
+        yield f"the coordinator's key is {stated}, coordinator_key is {pinned[:SHORT]}"
+    if not policy.member_keys:
+        return
+    for member in study.members:
+        expected, stated = policy.member_keys.get(member.name), (member.key or "none")
+        if expected is None:
+            yield f"{member.name} is a member, member_keys does not name it"
+        elif stated != expected:
+            yield (
+                f"the key of {member.name} is {stated[:SHORT]}, member_keys has {expected[:SHORT]}"
+            )
 
 
 def _broken_terms(

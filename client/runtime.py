@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
-import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import httpx
@@ -53,15 +53,21 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from client.config import SiteConfig, deployed
+from client.finding import one_line
+from client.place import TIMEOUT_S, Place, open_line
+from common.errors import FederationError
 from common.identity import Identity
 
-NODE_ID = "node-id"  # in the state folder
+__all__ = ["Connection", "Disconnected", "Place", "Withdrawn", "serve"]
+
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0  # between two questions "anything for me?"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0  # between two attempts to connect
+STEADY_S = 5.0  # a connection that held so long is a new beginning
 HEARTBEAT_S = 20.0  # Flower counts a silent site as gone after twice 30 s
-TIMEOUT_S = 30.0  # of one operation on a socket
 PASSING = (408, 429, 502, 503, 504)  # HTTP statuses after which the same may be tried again
+REDIRECTS = range(300, 400)  # never followed: they would choose whom this machine calls
+MAX_OBJECTS = 4096  # of one message; 2 GiB are some 430 pieces of 5 MB
+MAX_MESSAGE_BYTES = 2 << 30  # as common.wire.MAX_ARRAY_BYTES: half a billion weights
 LEASE_HELD = 412  # the coordinator still counts on this site's process of before
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.01, 0.5
 
@@ -77,66 +83,21 @@ class Withdrawn(Disconnected):
     """The coordinator wants no answer to this message any more: its run of Flower's is over."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the coordinator is, how it is known, and who calls."""
-
-    address: str  # host:port
-    ca: Path
-    certificate: Path
-    key: Path
-    node_file: Path  # node id of the last connection: a killed process takes it up again
-
-    @classmethod
-    def of(cls, config: SiteConfig) -> Self:
-        """As the site file says.
-
-        Raises:
-          ConfigError: It lacks what a deployment needs.
-        """
-        files = deployed(config)
-        return cls(
-            address=config.coordinator or "",  # deployed() has looked
-            ca=files.ca,
-            certificate=files.cert,
-            key=files.key,
-            node_file=config.state_dir / NODE_ID,
-        )
-
-    def identity(self) -> Identity:
-        """Read anew for every connection: a renewed certificate needs no restart."""
-        return Identity.load(self.certificate, self.key)
-
-    def tls(self) -> ssl.SSLContext:
-        """TLS 1.3; the coordinator shows a certificate of this CA, and this site its own."""
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_verify_locations(self.ca)
-        context.load_cert_chain(self.certificate, self.key)
-        return context
-
-    def stamp(self) -> int:
-        """Changes when the certificate is renewed."""
-        return self.certificate.stat().st_mtime_ns
-
-
 class Connection:
     """One connection to the coordinator, from its activation to its end."""
 
     def __init__(self, place: Place) -> None:
+        """Read this site's files; nobody is called yet.
+
+        Raises:
+          Disconnected: They cannot be used now; a new certificate may be on its way.
+        """
         self._place = place
         self._stamp = place.stamp()
-        identity = place.identity()
+        with _as_disconnected():
+            identity = place.identity()
+            self._client = _fleet_client(place, identity)
         self._public_key = public_key_to_bytes(identity.key.public_key())
-        self._client = FleetHttpClient(
-            f"https://{place.address}",
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(identity.key, identity.key.public_key()),
-            ],
-            verify=place.tls(),
-            timeout=TIMEOUT_S,
-        )
         self._node = Node()
         self._stopped = threading.Event()
 
@@ -152,21 +113,21 @@ class Connection:
         except Disconnected:
             self._client.close()
             raise
-        self._place.node_file.write_text(f"{self._node.node_id}\n")
+        self._keep_node()
         threading.Thread(target=self._send_heartbeats, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Leave in order where that is possible."""
         self._stopped.set()
-        with contextlib.suppress(httpx.HTTPError, RuntimeError):
+        with contextlib.suppress(Disconnected), _as_disconnected():
             self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
         self._client.close()
 
     @property
     def is_outdated(self) -> bool:
         """Whether the certificate was renewed since this connection began."""
-        return self._place.stamp() != self._stamp
+        return self._place.has_newer_than(self._stamp)
 
     def pull(self) -> Message | None:
         """The next message for this site, whole; None when there is none.
@@ -178,19 +139,25 @@ class Connection:
             found = self._client.PullMessages(PullMessagesRequest(node=self._node))
             if not found.messages_list:
                 return None
-            head, tree = message_from_proto(found.messages_list[0]), found.message_object_trees[0]
-            run_id, whole = head.metadata.run_id, head.metadata.message_id
-            contents = pull_objects(
-                [node.object_id for node in iterate_object_tree(tree)],
-                make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id),
-                initial_backoff=FIRST_BACKOFF_S,
-                backoff_cap=LONGEST_BACKOFF_S,
-            )
-            self._client.ConfirmMessageReceived(
-                ConfirmMessageReceivedRequest(
-                    node=self._node, run_id=run_id, message_object_id=whole
+            head = message_from_proto(found.messages_list[0])
+            ids = [node.object_id for node in iterate_object_tree(found.message_object_trees[0])]
+            if len(ids) > MAX_OBJECTS:
+                raise Disconnected(
+                    f"a message of {len(ids)} objects, at most {MAX_OBJECTS} are taken"
                 )
-            )
+            return self._taken(head.metadata.run_id, head.metadata.message_id, ids)
+
+    def _taken(self, run_id: int, whole: str, ids: list[str]) -> Message:
+        """A message put together from its objects."""
+        contents = pull_objects(
+            ids,
+            _metered(make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)),
+            initial_backoff=FIRST_BACKOFF_S,
+            backoff_cap=LONGEST_BACKOFF_S,
+        )
+        self._client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=whole)
+        )
         message = inflate_object_from_contents(whole, contents)
         if not isinstance(message, Message):
             raise Disconnected("what came is no message of Flower's")
@@ -203,28 +170,27 @@ class Connection:
         Raises:
           Disconnected: It did not arrive whole.
         """
-        with no_object_id_recompute():
+        with _as_disconnected(), no_object_id_recompute():
             reply.metadata.__dict__["_message_id"] = reply.object_id
             objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
-            with _as_disconnected():
-                answer = self._client.PushMessages(
-                    PushMessagesRequest(
-                        node=self._node,
-                        messages_list=[message_to_proto(remove_content_from_message(reply))],
-                        message_object_trees=[tree],
-                        clientapp_runtime_list=[0.0],
-                    )
+            answer = self._client.PushMessages(
+                PushMessagesRequest(
+                    node=self._node,
+                    messages_list=[message_to_proto(remove_content_from_message(reply))],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[0.0],
                 )
-                push_objects(
-                    objects,
-                    make_push_object_fn_protobuf(
-                        self._client.PushObject,
-                        self._node,
-                        reply.metadata.run_id,
-                        answer.session_id,
-                    ),
-                    object_ids_to_push=set(answer.objects_to_push),
-                )
+            )
+            push_objects(
+                objects,
+                make_push_object_fn_protobuf(
+                    self._client.PushObject,
+                    self._node,
+                    reply.metadata.run_id,
+                    answer.session_id,
+                ),
+                object_ids_to_push=set(answer.objects_to_push),
+            )
 
     def _activate(self) -> int:
         request = ActivateNodeRequest(
@@ -247,37 +213,76 @@ class Connection:
         except (OSError, ValueError):
             return None
 
-    def _heartbeat(self, node: Node) -> None:
-        self._client.SendNodeHeartbeat(
-            SendNodeHeartbeatRequest(node=node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL)
-        )
+    def _keep_node(self) -> None:
+        try:
+            self._place.node_file.write_text(f"{self._node.node_id}\n")
+        except OSError as error:
+            # It only spares a killed process the minute until the coordinator has forgotten it.
+            log.warning("%s: %s", self._place.node_file, error.strerror or type(error).__name__)
 
     def _send_heartbeats(self) -> None:
+        beat = SendNodeHeartbeatRequest(
+            node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
         while not self._stopped.wait(HEARTBEAT_S):
-            with contextlib.suppress(httpx.HTTPError, RuntimeError):
-                self._heartbeat(self._node)
+            try:
+                with _as_disconnected():
+                    self._client.SendNodeHeartbeat(beat)
+            except Disconnected as error:
+                if not self._stopped.is_set():
+                    log.warning("a sign of life did not arrive: %s", error)
 
 
-def serve(place: Place, reply: Reply, stopped: threading.Event) -> None:
+def _fleet_client(place: Place, identity: Identity) -> FleetHttpClient:
+    """Flower's calls over a line of our own: Flower's follows redirects and unpacks what comes."""
+    line = open_line(place)
+    client = FleetHttpClient(
+        f"https://{place.address}",
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(identity.key, identity.key.public_key()),
+        ],
+        verify=place.tls(),
+        timeout=TIMEOUT_S,
+    )
+    client._client.close()  # noqa: SLF001 - the contract test looks for it
+    client._client = line  # noqa: SLF001
+    return client
+
+
+def serve(
+    place: Place,
+    reply: Reply,
+    stopped: threading.Event,
+    pause_s: Callable[[], float] = lambda: 0.0,
+) -> None:
     """Answer the coordinator's messages until ``stopped`` is set; connect again for ever.
 
     Args:
       place: Where the coordinator is.
       reply: Answers one message; it never raises.
       stopped: Set it to end, after the message that is being answered.
+      pause_s: Asked after every answer: how long to wait before the next message is taken.
     """
     waits, told, unsent = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), "", Unsent()
     while not stopped.is_set():
+        steady_at = math.inf
         try:
             with Connection(place) as connection:
                 log.info("connected to %s", place.address)
-                waits, told = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), ""
-                _answer_all(connection, reply, unsent, stopped)
+                steady_at = time.monotonic() + STEADY_S
+                _answer_all(connection, reply, unsent, stopped, pause_s)
+            continue
         except Disconnected as error:
-            if str(error) != told:  # once, not every five seconds of a night
-                log.warning("%s: %s; trying again for ever", place.address, error)
-                told = str(error)
-            stopped.wait(next(waits))
+            reason = str(error)
+        except Exception as error:  # noqa: BLE001 - nothing that a peer does may end a site
+            reason = f"a defect ({type(error).__name__})"  # its text may be the peer's
+        if time.monotonic() > steady_at:  # not one that ends as soon as it began
+            waits, told = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), ""
+        if reason != told:  # once, not every five seconds of a night
+            log.warning("%s: %s; trying again for ever", place.address, reason)
+            told = reason
+        stopped.wait(next(waits))
 
 
 @dataclass
@@ -295,7 +300,11 @@ class Unsent:
 
 
 def _answer_all(
-    connection: Connection, reply: Reply, unsent: Unsent, stopped: threading.Event
+    connection: Connection,
+    reply: Reply,
+    unsent: Unsent,
+    stopped: threading.Event,
+    pause_s: Callable[[], float],
 ) -> None:
     unsent.send(connection)
     pauses = _growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
@@ -304,6 +313,7 @@ def _answer_all(
         if message is not None:
             unsent.reply = reply(message)
             unsent.send(connection)
+            stopped.wait(pause_s())
             pauses = _growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         elif connection.is_outdated:
             log.info("the certificate was renewed: connecting with the new one")
@@ -320,23 +330,47 @@ def _growing(first: float, longest: float) -> Iterator[float]:
         pause = min(longest, pause * 1.5)
 
 
+def _metered(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
+    """The same, until all that was pulled takes more memory than a message may."""
+    lock, num_bytes = threading.Lock(), 0
+
+    def metered(object_id: str) -> bytes:
+        nonlocal num_bytes
+        content = pull(object_id)
+        with lock:
+            num_bytes += len(content)
+        if num_bytes > MAX_MESSAGE_BYTES:
+            raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        return content
+
+    return metered
+
+
 @contextlib.contextmanager
 def _as_disconnected() -> Iterator[None]:
-    """Whatever goes wrong on the way becomes one sentence."""
+    """Whatever goes wrong on the way becomes one sentence, without a word of the peer's."""
     try:
         yield
+    except Disconnected:
+        raise
     except httpx.HTTPStatusError as error:
-        kind = Disconnected if error.response.status_code in PASSING else Withdrawn
-        raise kind(_meaning(error.response.status_code)) from None
-    except httpx.TransportError as error:
-        raise Disconnected(f"cannot be reached ({error or type(error).__name__})") from None
+        status = error.response.status_code
+        kind = Disconnected if status in PASSING or status in REDIRECTS else Withdrawn
+        raise kind(_meaning(status)) from None
+    except (httpx.NetworkError, httpx.TimeoutException, httpx.ProxyError) as error:
+        text = one_line(str(error)) or type(error).__name__  # of this machine or its proxy
+        raise Disconnected(f"cannot be reached ({text})") from None
     except (ObjectPullError, ObjectPushError):
         raise Withdrawn("a message was withdrawn while it was on its way") from None
-    except (ValueError, RuntimeError, OSError, KeyError) as error:
+    except FederationError as error:
+        raise Disconnected(one_line(str(error))) from None
+    except Exception as error:  # noqa: BLE001 - httpx's, protobuf's, Flower's: any of them
         raise Disconnected(f"an answer that cannot be used ({type(error).__name__})") from None
 
 
 def _meaning(status: int) -> str:
+    if status in REDIRECTS:
+        return f"HTTP status {status}: it sends this site elsewhere, which is not followed"
     meanings = {
         401: "the coordinator does not know this node: a new start of it, or a clock that is wrong "
         "(more than 5 s ahead); fl-client check tells",

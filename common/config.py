@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import json
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,17 @@ class Frozen(BaseModel):
 
 
 Model = TypeVar("Model", bound=Frozen)
+MAX_KEYS_NAMED, MAX_KEY_CHARS = 10, 100  # of what a peer sent, in a message about it
+
+
+def _check_printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("a character does not print; use letters, digits, signs and spaces")
+    return text
+
+
+PrintableText = Annotated[str, AfterValidator(_check_printable)]
+"""Text that people read on a screen before they approve it: nothing that could steer a terminal."""
 
 
 def _from_file(value: Path, info: ValidationInfo) -> Path:
@@ -138,14 +150,33 @@ def _remove(table: dict[str, Any], dotted: str) -> bool:
 def parse_message(text: str, kind: type[Model], *, what: str, rule: str = "") -> Model:
     """Build ``kind`` from JSON that came over the wire; ``rule`` is broken if that fails.
 
+    Read once, and nothing is suggested: a stranger must not decide how long that takes.
+
     Raises:
       RemoteProtocolError: It is not one of this version; the message names the keys, no values.
     """
     try:
-        return kind.model_validate_json(text)
+        model = kind.model_validate_json(text)
     except ValidationError as error:
-        keys = ", ".join(".".join(map(str, found["loc"])) for found in error.errors())
-        raise RemoteProtocolError(f"not a {what} of this version: {keys}", rule=rule) from None
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        raise _foreign([".".join(map(str, one["loc"])) for one in found], what, rule) from None
+    except RecursionError:
+        raise RemoteProtocolError(f"not a {what}: nested too deeply", rule=rule) from None
+    if wrong := [key for key, _ in _conflicts(model)]:
+        raise _foreign(wrong, what, rule)
+    return model
+
+
+def _foreign(keys: Sequence[str], what: str, rule: str) -> RemoteProtocolError:
+    """A peer chose the keys: a few of them, and no character that does not print."""
+    more = f" and {len(keys) - MAX_KEYS_NAMED} more" if len(keys) > MAX_KEYS_NAMED else ""
+    named = printable(", ".join(key[:MAX_KEY_CHARS] for key in keys[:MAX_KEYS_NAMED]))
+    return RemoteProtocolError(f"not a {what} of this version: {named}{more}", rule=rule)
+
+
+def printable(text: str) -> str:
+    """The same with ``?`` for what does not print."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -234,7 +265,8 @@ def _suggestion(key: str, kind: type[Frozen]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _all_keys(kind: type[Frozen]) -> set[str]:
+@functools.cache
+def _all_keys(kind: type[Frozen]) -> frozenset[str]:
     schema = kind.model_json_schema()
     parts = [schema, *schema.get("$defs", {}).values()]
-    return {key for part in parts for key in part.get("properties", {})}
+    return frozenset(key for part in parts for key in part.get("properties", {}))

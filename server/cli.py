@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -60,5 +61,6 @@ def _interrupt(_: int, __: FrameType | None) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of ``fl-server``."""
+    """Entry point of ``fl-server``; what it writes is this user's alone."""
+    os.umask(0o077)
     start(serve)

@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from common.config import Frozen
+from common.config import Frozen, PrintableText
 
 Width = Annotated[int, Field(ge=4, le=1024, multiple_of=4)]
 Dropout = Annotated[float, Field(ge=0, lt=1)]
 
 
 class _Network(Frozen):
-    frozen: tuple[str, ...] = ()
+    frozen: Annotated[
+        tuple[Annotated[PrintableText, Field(max_length=128)], ...], Field(max_length=1024)
+    ] = ()
     """Beginnings of names of parameters that keep their initial values and are never sent."""
 
 

@@ -6,9 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import Frozen
+from common.config import Frozen, PrintableText
 
-Classes = Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]
+ClassName = Annotated[PrintableText, Field(max_length=64)]
+Classes = Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=64)]
 
 
 class Classification(Frozen):

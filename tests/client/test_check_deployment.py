@@ -514,6 +514,19 @@ def test_a_certificate_that_a_run_brought_the_revocation_of_is_a_fault_without_c
     assert exit_code == 2
 
 
+def test_a_coordinator_that_a_known_list_revokes_is_a_fault(world: World) -> None:
+    folder = world.consortium.folder
+    now = datetime.now(UTC)
+    shown = read_certificate(folder / "coordinator" / "certificate.pem").serial_number
+    content = Authority.load(folder / "ca").revocation_list([shown], now, days=9, number=8)
+    (world.home / "revoked.crl").write_bytes(content)
+    with coordinator(world):
+        _, lines = world.check()
+    (line,) = faults(lines)
+    assert "the coordinator's certificate was revoked" in line
+    assert "do not go on" in line
+
+
 def test_what_is_no_coordinator_is_named_as_that(world: World) -> None:
     with coordinator(world, status=404):
         _, lines = world.check()

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,15 @@ def samples_of(*sizes: tuple[int, ...], as_scans: bool = False) -> Images | Scan
     if as_scans:
         return Scans(tuple(pixels), tuple(masks), patients, (16,) * len(sizes[0]))
     return Images(torch.stack(pixels), torch.stack(masks), patients)
+
+
+def test_the_example_is_the_sites_users_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        kept(samples_of((16, 20)), tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / EXAMPLE).stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("as_scans", [False, True], ids=["images", "scans"])

@@ -13,7 +13,7 @@ from protocol import Cast, R
 
 from client.evaluate import evaluate
 from client.round import answer, local_update
-from client.site import Source, Site, open_site, pick_device
+from client.site import Site, Source, open_site, pick_device
 from client.train import train
 from common import wire
 from common.errors import ConfigError, DataError, LocalProtocolError, RemoteProtocolError

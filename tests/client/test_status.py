@@ -133,7 +133,7 @@ def test_a_run_under_way_is_shown_with_its_epoch_sum_budget_and_head(site: Looke
 
 def test_a_proposed_study_is_shown_with_the_command_that_approves_it(site: Looked) -> None:
     study = load(site.consortium.study, Study, {"name": "newer"})
-    _, path = Approvals(site.home).propose(study.as_table())
+    _, path = Approvals(site.home).propose(json.dumps(study.as_table()))
     line = site.run("status")[3]
     command = f"fl-client --site-config {site.file} approve {path}"
     assert line == f"proposed: newer, digest {study.digest()}; read it, then: {command}"
