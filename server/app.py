@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from flwr.app import Context, RecordDict
+from flwr.app import Context
 from flwr.app import Message as FlowerMessage
 from flwr.serverapp import Grid, ServerApp
 
@@ -75,12 +75,15 @@ def exchange(
     deadline_s: float,
     enough: Enough = never,
     returned: Returned = nobody,
+    *,
+    is_simulated: bool = True,
 ) -> Iterator[tuple[int, Message]]:
     """One message to each of several nodes; (node id, reply) as replies arrive.
 
-    A node that is silent or answers with an error is left out. One that connected anew is asked
-    again: its process may have died with the message. Sites answer a message twice with the same
-    bytes, and the second answer is dropped here.
+    A node that is silent or gone is left out. One that connected anew is asked again: its process
+    may have died with the message. Sites answer a message twice with the same bytes, and the second
+    answer is dropped here. An error that comes from a site is what the engine reports where it is
+    simulated, and a refusal where it is real: no site answers so, and its word ends no run.
 
     Raises:
       RoundAborted: A worker of the simulation engine died.
@@ -91,19 +94,15 @@ def exchange(
         arrived = 0
         if again := returned() & set(waiting.values()):
             waiting |= _push(grid, {node: messages[node] for node in again}, end)
-        ids = list(waiting)
-        # A few at a time: bodies that came together must not all be in memory together.
-        for few in (ids[k : k + PULLED_TOGETHER] for k in range(0, len(ids), PULLED_TOGETHER)):
-            for reply in grid.pull_messages(few):
-                arrived += 1
-                node = waiting.pop(reply.metadata.reply_to_message_id, None)
-                if node is None:
-                    continue
-                waiting = {key: other for key, other in waiting.items() if other != node}
-                if not reply.has_error():
-                    yield node, _unpack(node, reply.content)
-                elif reply.error.code == ACTOR_DIED:
-                    raise RoundAborted(f"a simulation worker died: {reply.error.reason}")
+        for reply in _pulled(grid, list(waiting)):
+            arrived += 1
+            node = waiting.pop(reply.metadata.reply_to_message_id, None)
+            if node is None or (reply.has_error() and node in waiting.values()):
+                continue  # nobody waits for it, or the node was asked again since
+            waiting = {key: other for key, other in waiting.items() if other != node}
+            message = _read(node, reply, is_simulated=is_simulated)
+            if message is not None:
+                yield node, message
         if not arrived and enough():
             return
         pause = FIRST_PAUSE_S if arrived else min(LONGEST_PAUSE_S, pause * 1.5)
@@ -122,13 +121,26 @@ def _push(grid: Grid, messages: Mapping[int, Message], end: float) -> dict[str, 
     return dict(zip(grid.push_messages(sent), messages, strict=True))
 
 
-def _unpack(node: int, records: RecordDict) -> Message:
+def _pulled(grid: Grid, ids: Sequence[str]) -> Iterator[FlowerMessage]:
+    """A few at a time: bodies that came together must not all be in memory together."""
+    for few in (ids[k : k + PULLED_TOGETHER] for k in range(0, len(ids), PULLED_TOGETHER)):
+        yield from grid.pull_messages(few)
+
+
+def _read(node: int, reply: FlowerMessage, *, is_simulated: bool) -> Message | None:
     """A node's reply; one that cannot be read counts as a refusal, and the others go on."""
     try:
-        return wire.unpack(records)
+        if not reply.has_error():
+            return wire.unpack(reply.content)
     except RemoteProtocolError as error:
         log.error("node %d: %s", node, error)  # noqa: TRY400 - a sentence, not a traceback
         return Refusal(run="", reason=Reason.PROTOCOL)
+    if is_simulated and reply.error.code == ACTOR_DIED:
+        raise RoundAborted(f"a simulation worker died: {reply.error.reason}")
+    if is_simulated or reply.metadata.src_node_id != node:
+        return None  # the engine says that the node is gone
+    log.error("node %d: its answer is no message", node)
+    return Refusal(run="", reason=Reason.PROTOCOL)
 
 
 @app.main()

@@ -14,20 +14,24 @@ from common.errors import ConfigError
 from common.identity import Identity, read_certificate
 from common.manifest import code_digest, smallest_epoch
 from common.messages import Greeting, Introduction, Message, Refusal
+from common.models.build import build_network
 from common.roster import CoordinatorCredentials, Trust
 from common.study import Study
+from common.tasks import task_of
 from server.app import exchange
 from server.config import CoordinatorConfig
 from server.coordinator import Summary, run
+from server.grid import CoordinatorGrid
 from server.heads import Heads
 from server.network import Enough, never
 from server.progress import ConsoleObserver, Readiness
 from server.run_dir import SUPERLINK, RunDir
-from server.superlink import CoordinatorGrid, Listening, SuperLink, new_secret
+from server.superlink import Listening, SuperLink, new_secret
 
 ASK_S, LONGEST_S = 5.0, 60.0  # a site that is not ready yet is asked again after so long
 POLL_S = 0.2
 WATCH_S = 2.0  # between two looks at who connected anew
+AROUND_BYTES, MEMBER_BYTES = 128 << 10, 64_000  # of an upload: statement and heads; shares
 ANSWER_S = 30.0  # for saying whether it takes part
 
 log = logging.getLogger("consilium.coordinator")
@@ -59,7 +63,10 @@ class DeployedNetwork:
         by_node = {node: messages[site] for node, site in names.items()}
         if by_node:
             watch = Watch(self._grid, {one.node_id: one.since for one in there.values()})
-            for node, reply in exchange(self._grid, by_node, deadline_s, enough, watch.returned):
+            replies = exchange(
+                self._grid, by_node, deadline_s, enough, watch.returned, is_simulated=False
+            )
+            for node, reply in replies:
                 yield names[node], reply
 
 
@@ -105,6 +112,7 @@ def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume:
         about={"version": version("consilium"), "code": code_digest(), "study": study.digest()},
         health=config.health,
         secret=new_secret(),
+        max_upload_bytes=largest_upload(study),
     )
     with SuperLink.start(told, service / "superlink.log") as superlink, ConsoleObserver() as shown:
         log.info("listening on %s port %d", config.host, superlink.public_port)
@@ -118,6 +126,13 @@ def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume:
             grid.finish()
     shutil.rmtree(service)
     return summary
+
+
+def largest_upload(study: Study) -> int:
+    """Bytes of the longest answer that an honest site gives, with room for what goes around it."""
+    schema, task = build_network(study).schema, task_of(study)
+    num_tail = 1 + len(schema.names) + task.num_counts
+    return 4 * schema.num_params + 8 * num_tail + AROUND_BYTES + MEMBER_BYTES * len(study.members)
 
 
 def credentials_of(study: Study, config: CoordinatorConfig) -> CoordinatorCredentials:

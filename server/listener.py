@@ -17,23 +17,17 @@ import time
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from uvicorn import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from common.errors import FederationError, RemoteProtocolError
-from common.identity import (
-    Certified,
-    check_certificate,
-    fingerprint,
-    read_certificate,
-    read_revocation_list,
-)
+from common.errors import FederationError
+from common.identity import Certified, fingerprint
+from server.doorkeeper import Doorkeeper
+from server.peer_protocol import PeerProtocol
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -56,53 +50,29 @@ CALLS = frozenset(
 )
 HEALTH = "/health"
 NODE_KEY = b"flwr-public-key"
+SITE = "consilium.site"  # in the scope of a request: the name of who asks
 MAX_BODY_BYTES = 6 << 20  # an object is one chunk of 5 MB at most
 BODY_S = 180.0  # for a whole body; 28 kB/s for a full chunk
 PAUSE_S = 20.0  # between two pieces of it
-HEAD_S = 20.0  # from the first byte of a request, or of a connection, to the end of the head
-MAX_HEAD_BYTES = 1 << 16  # beyond what one read brings
-MAX_TOGETHER = 32  # requests of one site
-MAX_FROM_ONE = 64  # connections with one certificate
+MAX_TOGETHER = 16  # requests of one site, whose bodies are in memory; Flower pushes by twos
 MAX_CONNECTIONS = 1024
 KEEP_ALIVE_S = 75
+WATCH_S = 0.5  # between two looks at whom the list has come to name
 GRACE_S = 1  # for requests that are under way when it stops
-CHECKED_FOR_S = 10.0  # a certificate is held against the clock again after so long
 
 log = logging.getLogger("consilium.listener")
 
 
-class Doorkeeper:
-    """Decides whether a certificate may come in, at this moment."""
+class Nodes(Protocol):
+    """What Flower has to know of the members."""
 
-    def __init__(self, ca: Path, revocation_list: Path, members: Mapping[str, str]) -> None:
-        self._ca = read_certificate(ca)
-        self._revocation_list = revocation_list
-        self._members = dict(members)  # fingerprint by name
-        self._admitted: dict[bytes, tuple[int, float, Certified]] = {}
+    def register(self, site: Certified) -> None:
+        """A member calls, maybe not for the first time."""
+        ...
 
-    def admit(self, certificate: bytes) -> Certified:
-        """Who calls.
-
-        Raises:
-          RemoteProtocolError: R3. The certificate is none of this CA, ended, was revoked, or is
-            of nobody in this study; or the revocation list is not valid now.
-          OSError: The list cannot be read: nobody comes in.
-        """
-        stamp = self._revocation_list.stat().st_mtime_ns
-        known, until, site = self._admitted.get(certificate, (0, 0.0, None))
-        if site is None or known != stamp or time.monotonic() > until:
-            site = self._check(certificate)
-            self._admitted = {k: v for k, v in self._admitted.items() if v[0] == stamp}
-            self._admitted[certificate] = stamp, time.monotonic() + CHECKED_FOR_S, site
-        return site
-
-    def _check(self, certificate: bytes) -> Certified:
-        now = datetime.now(UTC)
-        revoked = read_revocation_list(self._revocation_list.read_bytes(), self._ca, now)
-        site = check_certificate(certificate, self._ca, revoked, now)
-        if self._members.get(site.name) != site.fingerprint or site.role != "site":
-            raise RemoteProtocolError(f"{site.name} is not a member of this study", rule="R3")
-        return site
+    def leave(self, name: str) -> None:
+        """A member may not call any more."""
+        ...
 
 
 class PublicListener:
@@ -112,14 +82,14 @@ class PublicListener:
         self,
         app: App,
         doorkeeper: Doorkeeper,
-        register: Callable[[Certified], None],
+        nodes: Nodes,
         about: Mapping[str, str],
     ) -> None:
         self._app = app
         self._doorkeeper = doorkeeper
-        self._register = register  # tells Flower a member's key, when it first calls
+        self._nodes = nodes
         self._about = dict(about)
-        self._known: set[str] = set()
+        self._here: dict[str, bytes] = {}  # certificate by name
         self._together: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,47 +99,62 @@ class PublicListener:
             return
         path = scope["path"]
         if path not in CALLS and path != HEALTH:
-            await _reply(send, 404, "no such call")
+            await reply(send, 404, "no such call")
             return
+        certificate = scope["state"]["peer_certificate"]
         try:
-            site = self._doorkeeper.admit(scope["state"]["peer_certificate"])
+            site = self._doorkeeper.admit(certificate)
         except (FederationError, OSError) as error:
             log.warning("refused at the door: %s", error)
-            await _reply(send, 403, "certificate refused")
+            await reply(send, 403, "certificate refused")
             return
         if path == HEALTH:
-            await _reply(send, 200, json.dumps({**self._about, "time": time.time()}))
+            await reply(send, 200, json.dumps({**self._about, "time": time.time()}))
         elif scope["method"] != "POST" or not _is_key_of(scope, site):
-            await _reply(send, 401, "the node's key is not the certificate's")
+            await reply(send, 401, "the node's key is not the certificate's")
         elif self._together[site.name] >= MAX_TOGETHER:
-            await _reply(send, 429, "too many requests at once")
+            await reply(send, 429, "too many requests at once")
         else:
-            if site.name not in self._known:
-                self._register(site)
-                self._known.add(site.name)
+            self._nodes.register(site)
+            self._here[site.name] = certificate
             self._together[site.name] += 1
             try:
-                await self._pass_on(scope, receive, send)
+                await self._pass_on({**scope, SITE: site.name}, receive, send)
             finally:
                 self._together[site.name] -= 1
+
+    async def watch(self) -> None:
+        """Tell Flower at once of a member that was revoked; it would wait a minute for it."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for name, certificate in list(self._here.items()):
+                try:
+                    self._doorkeeper.admit(certificate)
+                except (FederationError, OSError) as error:
+                    log.warning("%s has to leave: %s", name, error)
+                    del self._here[name]
+                    self._nodes.leave(name)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the whole body first: Flower sees only requests that are complete."""
         length = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
         if not length.isdigit():
             # Nothing bounds what may stand between and after pieces; Flower's clients send none.
-            await _reply(send, 411, "a length is needed")
+            await reply(send, 411, "a length is needed")
             return
         if int(length) > MAX_BODY_BYTES:
-            await _reply(send, 413, "too large")
+            await reply(send, 413, "too large")
             return
         try:
             body = await asyncio.wait_for(_body(receive), BODY_S)
         except TimeoutError:
-            await _reply(send, 408, "too slow")
+            await reply(send, 408, "too slow")
             return
         whole = {"type": "http.request", "body": body, "more_body": False}
-        await self._app(scope, after(whole, receive), send)
+        try:
+            await self._app(_without_host(scope), after(whole, receive), send)
+        except Exception as error:  # noqa: BLE001 - whatever a body does to Flower; it has answered
+            log.error("%s at %s: %s", scope[SITE], scope["path"], type(error).__name__)  # noqa: TRY400
 
 
 def after(event: MutableMapping[str, Any], receive: Receive) -> Receive:
@@ -180,68 +165,6 @@ def after(event: MutableMapping[str, Any], receive: Receive) -> Receive:
         return pending.pop() if pending else await receive()
 
     return again
-
-
-class PeerProtocol(HttpToolsProtocol):
-    """HTTP that tells the app which certificate the peer showed, and that bounds what comes first.
-
-    Uvicorn bounds neither the size of a request's head nor the time it takes. TLS lets in every
-    certificate of the CA, also a revoked one: what the app would refuse must not use up memory or
-    the connections before the app is asked.
-    """
-
-    _certificate = b""
-    _head_bytes: int | None = None  # of the head that is being received
-    _head_timer: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Note the certificate of a connection: TLS has checked that the peer holds its key."""
-        super().connection_made(transport)
-        tls = transport.get_extra_info("ssl_object")
-        self._certificate = (tls.getpeercert(binary_form=True) if tls is not None else None) or b""
-        self.app_state = {**self.app_state, "peer_certificate": self._certificate}
-        self._wait_for_head()
-        if self._num_alike() > MAX_FROM_ONE:
-            transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Parse what came, and hang up where a head has no end."""
-        before = self._head_bytes
-        super().data_received(data)
-        if before is not None and self._head_bytes is not None:
-            self._head_bytes = before + len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.transport.abort()
-
-    def on_message_begin(self) -> None:
-        """A request begins."""
-        super().on_message_begin()
-        self._head_bytes = 0
-        self._wait_for_head()
-
-    def on_headers_complete(self) -> None:
-        """Its head is there; the app bounds its body."""
-        self._stop_waiting()
-        self._head_bytes = None
-        super().on_headers_complete()
-
-    def _num_alike(self) -> int:
-        """Connections with this certificate, this one included."""
-        others = (getattr(each, "_certificate", b"") for each in self.connections)
-        return sum(other == self._certificate for other in others)
-
-    def _wait_for_head(self) -> None:
-        self._stop_waiting()
-        self._head_timer = self.loop.call_later(HEAD_S, self.transport.abort)
-
-    def _stop_waiting(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
 
 
 def tls_context(ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
@@ -283,6 +206,12 @@ async def _body(receive: Receive) -> bytes:
             return bytes(body)
 
 
+def _without_host(scope: Scope) -> Scope:
+    """Flower makes an URL of what a caller says is the host, and some fail or lead elsewhere."""
+    headers = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    return {**scope, "headers": [*headers, (b"host", b"superlink")]}
+
+
 def _is_key_of(scope: Scope, site: Certified) -> bool:
     """Whether the key of Flower's node authentication is the certificate's."""
     given = next((v for k, v in scope["headers"] if k == NODE_KEY), b"")
@@ -293,7 +222,8 @@ def _is_key_of(scope: Scope, site: Certified) -> bool:
     return isinstance(key, ec.EllipticCurvePublicKey) and fingerprint(key) == site.fingerprint
 
 
-async def _reply(send: Send, status: int, text: str) -> None:
+async def reply(send: Send, status: int, text: str) -> None:
+    """Answer in Flower's place; after a refusal the connection ends."""
     content = text.encode()
     headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(content))]
     if status != 200:  # noqa: PLR2004

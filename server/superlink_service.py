@@ -13,7 +13,7 @@ import json
 import logging
 import socket
 import sys
-from functools import partial
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +23,27 @@ from flwr.common.constant import (
     NOOP_ACCOUNT_NAME,
     NOOP_FLWR_AID,
 )
-from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from common.identity import Certified
+from server.doorkeeper import Doorkeeper
 from server.listener import (
-    FLEET,
     GRACE_S,
     App,
-    Doorkeeper,
     PublicListener,
-    after,
     public_config,
     tls_context,
 )
+from server.object_store import FlatStore
 from server.superlink import ADMIN_HEADER, Listening
+from server.uploads import Uploads
 
-PUSH_MESSAGES = FLEET + "push-messages"
+MAX_LOG_BYTES = 16 << 20  # twice: what a member can make it say must not fill the disk
 
 
 class AdminListener:
@@ -66,42 +64,34 @@ class AdminListener:
         await self._app(scope, receive, send)
 
 
-class OwnReplies:
-    """An ASGI app before Flower's: what a site pushes is a reply, and its own.
+class Members:
+    """Flower's nodes of the members; their ids are new with every start of the SuperLink."""
 
-    Flower checks who pushes, and not whom a message says it is from: a member that learned another
-    one's node id could send it instructions, or answer in its place.
+    def __init__(self, state: Any) -> None:
+        self._state = state
+        self._nodes: dict[str, int] = {}
+
+    def register(self, site: Certified) -> None:
+        """Tell Flower the key of a member when it first calls."""
+        if site.name not in self._nodes:
+            self._nodes[site.name] = self._state.create_node(
+                owner_aid=NOOP_FLWR_AID,
+                owner_name=NOOP_ACCOUNT_NAME,
+                public_key=public_key_to_bytes(site.key),
+                heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
+                name=site.name,
+            )
+
+    def leave(self, name: str) -> None:
+        """A member may not call any more: whoever waits for it is told so."""
+        self._state.deactivate_node(self._nodes[name])
+
+
+def flower_app(told: Listening) -> tuple[App, Any, FlatStore]:
+    """Flower's SuperLink, in memory: what must survive lies at the sites and the coordinator.
+
+    Returned with what it knows of its nodes and what it keeps of messages.
     """
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request; the listener before this one gives its body in one piece."""
-        if scope["type"] == "http" and scope["path"] == PUSH_MESSAGES:
-            event = await receive()
-            if not _are_own_replies(event["body"]):
-                await send({"type": "http.response.start", "status": 400, "headers": []})
-                await send({"type": "http.response.body", "body": b"not a reply of this site"})
-                return
-            receive = after(event, receive)
-        await self._app(scope, receive, send)
-
-
-def _are_own_replies(body: bytes) -> bool:
-    try:
-        request = PushMessagesRequest.FromString(body)
-    except DecodeError:
-        return False
-    return all(
-        message.metadata.src_node_id == request.node.node_id
-        and message.metadata.reply_to_message_id
-        for message in request.messages_list
-    )
-
-
-def flower_app(told: Listening) -> App:
-    """Flower's SuperLink, in memory: what must survive lies at the sites and the coordinator."""
     config = SuperLinkLifespanConfig(
         control_address="",
         health_server_address=told.health or None,
@@ -126,19 +116,21 @@ def flower_app(told: Listening) -> App:
         isolation="process",
         runtime_dependency_install=False,
     )
-    app: App = create_app(config, SuperLinkLifespan)
-    return app
+    app = create_app(config, SuperLinkLifespan)
+    state, store = app.state.linkstate_factory.state(), FlatStore()
+    state._object_store = store  # noqa: SLF001 - Flower takes no other store than its own
+    return app, state, store
 
 
 async def serve(told: Listening) -> None:
     """Both listeners, until standard input ends."""
     public = _bound(told.host, told.port)
     admin = _bound("127.0.0.1", 0)
-    app = flower_app(told)
+    app, state, store = flower_app(told)
     doorkeeper = Doorkeeper(Path(told.ca), Path(told.revocation_list), told.members)
-    register = partial(_register, app)
     context = tls_context(Path(told.ca), Path(told.certificate), Path(told.key))
-    door = PublicListener(OwnReplies(app), doorkeeper, register, told.about)
+    uploads = Uploads(app, store, told.max_upload_bytes)
+    door = PublicListener(uploads, doorkeeper, Members(state), told.about)
     listeners = [
         uvicorn.Server(public_config(door, context)),
         uvicorn.Server(
@@ -156,6 +148,7 @@ async def serve(told: Listening) -> None:
         asyncio.create_task(listener._serve([each]))  # noqa: SLF001 - serve() takes the signals
         for listener, each in zip(listeners, sockets, strict=True)
     ]
+    running.append(asyncio.create_task(door.watch()))
     while not all(listener.started for listener in listeners):
         if any(task.done() for task in running):
             await asyncio.gather(*running)
@@ -166,22 +159,16 @@ async def serve(told: Listening) -> None:
     await asyncio.to_thread(sys.stdin.read)
     for listener in listeners:
         listener.should_exit = True
+    running.pop().cancel()
     await asyncio.gather(*running)
 
 
-def _register(app: Any, site: Certified) -> None:
-    """Tell Flower the key of a member; its node id is new with every start of the SuperLink."""
-    app.state.linkstate_factory.state().create_node(
-        owner_aid=NOOP_FLWR_AID,
-        owner_name=NOOP_ACCOUNT_NAME,
-        public_key=public_key_to_bytes(site.key),
-        heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL,
-        name=site.name,
-    )
-
-
 def _bound(host: str, port: int) -> socket.socket:
-    return socket.create_server((host, port), family=_family(host), backlog=1024)
+    bound = socket.create_server((host, port), family=_family(host), backlog=1024)
+    # asyncio does this only for sockets that it made itself: without it every answer waits 40 ms
+    # for an acknowledgement.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return bound
 
 
 def _family(host: str) -> socket.AddressFamily:
@@ -190,7 +177,9 @@ def _family(host: str) -> socket.AddressFamily:
 
 if __name__ == "__main__":
     logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(message)s",
+        handlers=[RotatingFileHandler(sys.argv[1], maxBytes=MAX_LOG_BYTES, backupCount=1)],
     )
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.WARNING)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import json
+import logging
 import os
 import signal
 import socket
@@ -26,7 +27,7 @@ from deployment import Consortium
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 import client.runtime
-import server.superlink
+import server.grid
 from client.runtime import Place, serve
 from common.errors import RoundAborted
 from server.superlink import CoordinatorGrid, SuperLink
@@ -34,7 +35,15 @@ from server.superlink import CoordinatorGrid, SuperLink
 ROOT = Path(__file__).parent.parent
 PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")  # documented, with a promise
 AT_THE_EDGE = {"client/app.py", "common/wire.py", "server/app.py"}
-ADAPTERS = {"client/runtime.py", "server/superlink.py", "server/superlink_service.py"}
+ADAPTERS = {
+    "client/runtime.py",
+    "server/arrival.py",
+    "server/grid.py",
+    "server/object_store.py",
+    "server/superlink.py",
+    "server/superlink_service.py",
+    "server/uploads.py",
+}
 SOON_S = 20.0  # it takes a second or two
 INSIDE = {
     "client/runtime.py": """
@@ -65,45 +74,67 @@ INSIDE = {
         flwr.supernode.fleet_http_client.FleetHttpClient
         flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor
     """,
-    "server/superlink.py": """
-        flwr.common.constant.SUPERLINK_NODE_ID
+    "server/arrival.py": """
+        flwr.app.message.make_message
+        flwr.app.metadata.Metadata
+        flwr.proto.message_pb2.ObjectTree
+        flwr.supercore.inflatable.inflatable_object.get_object_body
+        flwr.supercore.inflatable.inflatable_object.get_object_head_values_from_object_content
+        flwr.supercore.inflatable.inflatable_object.iterate_object_tree
+        flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
+    """,
+    "server/grid.py": """
+        flwr.app.message.make_message
+        flwr.common.constant.ErrorCode
         flwr.common.serde.run_from_proto
-        flwr.proto.control_pb2.StartRunRequest
-        flwr.proto.fab_pb2.Fab
+        flwr.common.serde_utils.metadata_from_proto
         flwr.proto.message_pb2.ConfirmMessageReceivedRequest
-        flwr.proto.runtime_pb2.AcquireTaskRequest
+        flwr.proto.message_pb2.PullObjectRequest
         flwr.proto.runtime_pb2.PullAppMessagesRequest
         flwr.proto.runtime_pb2.PullTaskInputRequest
         flwr.proto.runtime_pb2.PushTaskOutputRequest
         flwr.proto.runtime_pb2.SendTaskHeartbeatRequest
+        flwr.supercore.interceptors.RuntimeTokenHttpInterceptor
+        flwr.supercore.protobuf.client.ProtobufClient
+        flwr.supercore.retry.RetryInvoker
+        flwr.supercore.retry.exponential
+        flwr.supercore.runtime.RuntimeHttpClient
+        flwr.superlink.grid.http_grid.HttpGrid
+    """,
+    "server/object_store.py": """
+        flwr.proto.message_pb2.ObjectTree
+        flwr.supercore.inflatable.inflatable_object.iterate_object_tree
+        flwr.supercore.object_store.in_memory_object_store.InMemoryObjectStore
+    """,
+    "server/superlink.py": """
+        flwr.common.constant.SUPERLINK_NODE_ID
+        flwr.proto.control_pb2.StartRunRequest
+        flwr.proto.fab_pb2.Fab
+        flwr.proto.runtime_pb2.AcquireTaskRequest
         flwr.supercore.constant.TaskType
         flwr.supercore.control.control_http_client.ControlHttpClient
-        flwr.supercore.inflatable.inflatable_object.iterate_object_tree
-        flwr.supercore.inflatable.inflatable_protobuf_utils.make_pull_object_fn_protobuf
-        flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
-        flwr.supercore.inflatable.inflatable_utils.pull_objects
-        flwr.supercore.interceptors.RuntimeTokenHttpInterceptor
         flwr.supercore.interceptors.RuntimeVersionHttpInterceptor
         flwr.supercore.interceptors.SuperExecAuthHttpInterceptor
         flwr.supercore.protobuf.client.ProtobufCall
         flwr.supercore.protobuf.client.ProtobufRequestContext
-        flwr.supercore.retry.RetryInvoker
-        flwr.supercore.retry.exponential
         flwr.supercore.runtime.RuntimeHttpClient
         flwr.supercore.task_identity.TaskIdentity
-        flwr.superlink.grid.http_grid.HttpGrid
     """,
     "server/superlink_service.py": """
         flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL
         flwr.common.constant.NOOP_ACCOUNT_NAME
         flwr.common.constant.NOOP_FLWR_AID
-        flwr.proto.fleet_pb2.PushMessagesRequest
         flwr.supercore.constant.FLWR_IN_MEMORY_DB_NAME
         flwr.supercore.primitives.asymmetric.public_key_to_bytes
         flwr.superlink.auth_plugin.NoOpControlAuthnPlugin
         flwr.superlink.cli.flower_superlink.SuperLinkLifespan
         flwr.superlink.config_loader.SuperLinkLifespanConfig
         flwr.superlink.main.create_app
+    """,
+    "server/uploads.py": """
+        flwr.proto.fleet_pb2.PushMessagesRequest
+        flwr.proto.message_pb2.PushObjectRequest
+        flwr.supercore.inflatable.inflatable_object.iterate_object_tree
     """,
 }
 SITE = """
@@ -206,7 +237,7 @@ def test_messages_of_12_mb_arrive_whole_in_both_directions(
 def test_a_killed_superlink_is_an_error_soon_and_sites_find_its_successor_by_themselves(
     consortium: Consortium, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.superlink, "RETRY_S", 1)
+    monkeypatch.setattr(server.grid, "RETRY_S", 1)
     with serving(place):
         with started(consortium) as first:
             grid = first.open_grid()
@@ -239,17 +270,23 @@ def test_a_killed_site_takes_up_its_node_while_the_superlink_still_counts_on_it(
     files = place.ca, place.certificate, place.key, place.node_file
     command = [sys.executable, "-c", SITE, place.address, *map(str, files)]
     with started(consortium) as superlink, opened(superlink) as grid:
-        nodes = []
+        nodes, since = [], ""
         for words in (b"before", b"after"):
             site = subprocess.Popen(command, cwd=ROOT)
             try:
-                until(lambda: GOOD in grid.connected())
+                until(partial(_has_connected_after, grid, since))
+                since = grid.connected()[GOOD].since
                 nodes.append(grid.connected()[GOOD].node_id)
                 assert data_of(echoed(grid, nodes[-1], packed(words))) == words
             finally:
                 site.kill()
                 site.wait()
         assert nodes[0] == nodes[1]
+
+
+def _has_connected_after(grid: CoordinatorGrid, since: str) -> bool:
+    one = grid.connected().get(GOOD)
+    return one is not None and one.since != since
 
 
 def test_a_site_whose_node_file_is_lost_is_told_that_its_lease_is_still_held(
@@ -262,6 +299,22 @@ def test_a_site_whose_node_file_is_lost_is_told_that_its_lease_is_still_held(
             client.runtime.Connection(other),
         ):
             pass
+
+
+def test_a_run_that_ends_says_nothing_of_flowers(consortium: Consortium) -> None:
+    said: list[str] = []
+    flower = logging.getLogger("flwr")
+    listener, level = logging.Handler(), flower.level
+    listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    flower.addHandler(listener)
+    flower.setLevel(logging.DEBUG)
+    try:
+        with started(consortium) as superlink, opened(superlink) as grid:
+            assert grid.connected() == {}
+    finally:
+        flower.removeHandler(listener)
+        flower.setLevel(level)
+    assert said == []
 
 
 def test_the_superlink_ends_with_its_coordinator(consortium: Consortium) -> None:
@@ -311,7 +364,7 @@ def test_every_name_taken_from_flowers_inside_is_known_and_there(file: str) -> N
         assert hasattr(importlib.import_module(module), what), name
 
 
-def test_flower_is_imported_by_two_adapters_and_at_the_edge_only() -> None:
+def test_flower_is_imported_by_the_adapters_and_at_the_edge_only() -> None:
     files = [
         path for part in ("client", "common", "server") for path in (ROOT / part).rglob("*.py")
     ]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import ssl
 import struct
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +15,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from itertools import count
 from pathlib import Path
 
+import httpx
 import pytest
 from callers import (
     BAD,
@@ -44,11 +48,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from deployment import Consortium
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.control_pb2 import StartRunRequest
+from flwr.supercore.control.control_http_client import ControlHttpClient
+from flwr.supercore.protobuf.client import ProtobufClient
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
+from flwr.supercore.runtime import RuntimeHttpClient
 
 from client.runtime import Connection, Disconnected
 from common.authority import CERTIFICATE, REVOKED, Authority
+from common.errors import RoundAborted
 from common.identity import Role
+from server.grid import direct
 from server.listener import (
     CALLS,
     FLEET,
@@ -57,6 +67,7 @@ from server.listener import (
 from server.superlink import ADMIN_HEADER, SuperLink
 
 DAYS = 30
+NUMBERS = count(2)  # of revocation lists: the door takes none that is older
 WITHHELD = sorted(
     {path for _, path in PROTOBUF_REQUEST_TYPES if path not in CALLS}
     | {"/docs", "/openapi.json", "/redoc", "/v1/runtime/responses", "/", "/v1/fleet", FLEET}
@@ -101,14 +112,13 @@ def certificate_for(
 
 @contextmanager
 def revocation_list(consortium: Consortium, content: bytes | None) -> Iterator[None]:
-    """The coordinator's list is replaced, and put back afterwards; None takes it away."""
+    """The coordinator's list is replaced, or taken away; afterwards, a new one names nobody."""
     path = consortium.folder / "ca" / REVOKED
-    before = path.read_bytes()
     _replace(path, content)
     try:
         yield
     finally:
-        _replace(path, before)
+        _replace(path, ca_list(consortium))
 
 
 def _replace(path: Path, content: bytes | None) -> None:
@@ -123,7 +133,7 @@ def _replace(path: Path, content: bytes | None) -> None:
 def ca_list(consortium: Consortium, *revoked: Caller, begins: datetime | None = None) -> bytes:
     serials = [serial_number(one) for one in revoked]
     now = begins or datetime.now(UTC)
-    return authority_of(consortium).revocation_list(serials, now, days=DAYS, number=2)
+    return authority_of(consortium).revocation_list(serials, now, days=DAYS, number=next(NUMBERS))
 
 
 # Who comes in
@@ -219,6 +229,31 @@ def test_a_member_revoked_while_it_is_connected_is_refused_at_its_next_request(
         assert one.pull() is None  # a list without it: it may come in again
 
 
+def test_a_member_that_is_revoked_is_gone_at_once_also_where_it_says_nothing(
+    door: Consortium, superlink: SuperLink, tmp_path: Path
+) -> None:
+    """Flower by itself would wait a minute for it, and so would every sum."""
+    bad, good = site_of(door, BAD), site_of(door, GOOD)
+    grid = superlink.open_grid()
+    with (
+        Connection(place_of(good, tmp_path / "good")),
+        Connection(place_of(bad, tmp_path / "bad")) as one,
+    ):
+        node = one._node.node_id
+        asked = Message(RecordDict(), dst_node_id=node, message_type="query", ttl=60.0)
+        (sent,) = grid.push_messages([asked])
+        assert set(grid.connected()) == {BAD, GOOD}
+        with revocation_list(door, ca_list(door, bad)):
+            time.sleep(1.5)
+            assert set(grid.connected()) == {GOOD}
+            (reply,) = grid.pull_messages([sent])
+            assert reply.has_error()
+            assert reply.metadata.src_node_id == SUPERLINK_NODE_ID
+    with Connection(place_of(bad, tmp_path / "bad")):  # a list without it
+        assert set(grid.connected()) == {BAD}
+    grid.finish()
+
+
 @pytest.mark.parametrize("kind", ["stale", "of tomorrow", "of another CA", "damaged", "missing"])
 def test_without_a_valid_revocation_list_nobody_comes_in(door: Consortium, kind: str) -> None:
     now = datetime.now(UTC)
@@ -286,7 +321,7 @@ def test_every_call_needs_flowers_signature_besides_the_certificate(
     bad = site_of(door, BAD)
     only_key = {"flwr-public-key": node_headers(bad.identity)["flwr-public-key"]}
     for host in (HOST, "x/y?", "x/v1/fleet?", "x#", "[", ""):
-        assert bad.ask(request(path, headers={**only_key, "host": host})).status in {400, 401}
+        assert bad.ask(request(path, headers={**only_key, "host": host})).status in {400, 401, 410}
     assert bad.ask(request(path)).body == b"the node's key is not the certificate's"
 
 
@@ -453,6 +488,66 @@ def test_the_admin_listener_is_not_reachable_from_other_machines(superlink: Supe
     listening = [line[1] for line in lines if line[3] == "0A" and line[1].endswith(f":{number}")]
     loopback = struct.unpack("=I", socket.inet_aton("127.0.0.1"))[0]
     assert listening == [f"{loopback:08X}:{number}"]
+
+
+def test_the_coordinator_shows_its_secret_to_no_proxy(
+    consortium: Consortium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines in hospitals name proxies in their environment; loopback is not always excepted."""
+    with listening() as (port, got):
+        for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+            monkeypatch.setenv(name, f"http://{HOST}:{port}")
+        for name in ("NO_PROXY", "no_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        told = replace(told_of(consortium), port=0)
+        with SuperLink.start(told, tmp_path / "superlink.log") as started:
+            grid = started.open_grid()
+            assert grid.connected() == {}
+            grid.finish()
+            with pytest.raises(RoundAborted):
+                grid.connected()  # its client is made anew after the end, and the run is over
+            grid.close()
+    assert got == []
+
+
+@pytest.mark.parametrize("kind", [ControlHttpClient, RuntimeHttpClient])
+def test_the_coordinators_clients_follow_nobody_elsewhere(kind: type[ProtobufClient]) -> None:
+    with listening() as (elsewhere, got):
+        answer = (
+            f"HTTP/1.1 307 Temporary Redirect\r\nlocation: http://{HOST}:{elsewhere}/\r\n"
+            "content-length: 0\r\nconnection: close\r\n\r\n"
+        )
+        with (
+            listening(answer.encode()) as (port, asked),
+            direct(kind(f"http://{HOST}:{port}")) as client,
+            pytest.raises(httpx.HTTPStatusError, match="307"),
+        ):
+            client._unary_unary(
+                path="/", rpc_method="", request=StartRunRequest(), response_type=StartRunRequest
+            )
+    assert len(asked) == 1
+    assert got == []
+
+
+@contextmanager
+def listening(answer: bytes = b"") -> Iterator[tuple[int, list[bytes]]]:
+    """A port, and what is sent to it."""
+    got: list[bytes] = []
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    got.append(connection.recv(1 << 16))
+                    connection.sendall(answer)
+
+    with socket.create_server((HOST, 0)) as server:
+        thread = threading.Thread(target=take, daemon=True)
+        thread.start()
+        yield server.getsockname()[1], got
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
 
 
 def plain_ask(port: int, asked: bytes) -> Answer:

@@ -73,7 +73,7 @@ def test_code_that_a_coordinator_sends_is_never_executed(
             assert not reply.has_error()
             assert wire.unpack(reply.content) == Refusal(run="", reason=Reason.PROTOCOL)
         greeting = Greeting(json.dumps(load(made.study, Study).as_table()))
-        ((_, answered),) = exchange(grid, {node: greeting}, ANSWER_S)
+        ((_, answered),) = exchange(grid, {node: greeting}, ANSWER_S, is_simulated=False)
         assert answered == Introduction(0)  # the installed code goes on answering
         assert site.poll() is None
         grid.finish()
@@ -114,7 +114,6 @@ def test_a_run_goes_on_without_a_member_that_is_revoked_after_its_first_round(
         made.start_coordinator()
         made.wait_for("coordinator", "round   1/", 200)
         revoke(made, "site-3")
-        # The sum that it vanishes from waits for it until Flower counts it as gone: a minute.
         assert made.wait("coordinator", 300) == 0, made.log("coordinator")
     summary = json.loads((made.run_dir / "summary.json").read_text())
     assert summary["num_rounds"] >= 3  # of 4: the sum that was void has spent its privacy, too

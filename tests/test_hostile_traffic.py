@@ -33,16 +33,17 @@ from callers import (
 )
 from deployment import Consortium
 
-from server import listener
+from common.identity import Certified
+from server import listener, peer_protocol
+from server.doorkeeper import Doorkeeper
 from server.listener import (
     MAX_BODY_BYTES,
-    MAX_FROM_ONE,
     MAX_TOGETHER,
-    Doorkeeper,
     PublicListener,
     public_config,
     tls_context,
 )
+from server.peer_protocol import MAX_FROM_ONE
 from server.superlink import SuperLink
 
 CUT = 0  # in place of a status: the connection was closed
@@ -242,17 +243,27 @@ class Echo:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+class NoNodes:
+    """There is no Flower to tell of members."""
+
+    def register(self, site: Certified) -> None:
+        pass
+
+    def leave(self, name: str) -> None:
+        pass
+
+
 @pytest.fixture
 def near(
     consortium: Consortium, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[tuple[Echo, Callable[[str], Caller]]]:
     """The app behind the listener, and who calls by name."""
-    for name in ("BODY_S", "PAUSE_S", "HEAD_S"):
-        monkeypatch.setattr(listener, name, 60.0)  # each test makes one of them short
+    for where, name in ((listener, "BODY_S"), (listener, "PAUSE_S"), (peer_protocol, "HEAD_S")):
+        monkeypatch.setattr(where, name, 60.0)  # each test makes one of them short
     monkeypatch.setattr(listener, "KEEP_ALIVE_S", 1)
     told, echo = told_of(consortium), Echo()
     doorkeeper = Doorkeeper(Path(told.ca), Path(told.revocation_list), told.members)
-    door = PublicListener(echo, doorkeeper, lambda _: None, {})
+    door = PublicListener(echo, doorkeeper, NoNodes(), {})
     context = tls_context(Path(told.ca), Path(told.certificate), Path(told.key))
     server = uvicorn.Server(public_config(door, context))
     with socket.create_server((HOST, 0)) as listening:
@@ -318,7 +329,7 @@ def test_a_body_that_stops_in_the_middle_ends_after_a_pause(
 def test_a_head_of_a_byte_now_and_then_ends_at_its_limit(
     near: Near, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(listener, "HEAD_S", 1.0)
+    monkeypatch.setattr(peer_protocol, "HEAD_S", 1.0)
     _, caller = near
     with caller(BAD).connected() as line:
         started = time.monotonic()
@@ -334,7 +345,7 @@ def test_a_head_of_a_byte_now_and_then_ends_at_its_limit(
 def test_a_connection_that_asks_nothing_is_closed(
     near: Near, monkeypatch: pytest.MonkeyPatch, asked: bool
 ) -> None:
-    monkeypatch.setattr(listener, "HEAD_S", 60.0 if asked else 1.0)
+    monkeypatch.setattr(peer_protocol, "HEAD_S", 60.0 if asked else 1.0)
     _, caller = near
     with caller(BAD).connected() as line:
         if asked:
@@ -348,7 +359,7 @@ def test_a_second_request_may_take_its_time_too(
     near: Near, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit of a head is its own, not the connection's."""
-    monkeypatch.setattr(listener, "HEAD_S", 1.0)
+    monkeypatch.setattr(peer_protocol, "HEAD_S", 1.0)
     _, caller = near
     good = caller(GOOD)
     with good.connected() as line:

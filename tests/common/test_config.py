@@ -1,6 +1,7 @@
 """A wrong file is refused at once, by key, without its values: before torch, before any data."""
 
 import copy
+import json
 import math
 import os
 import shutil
@@ -18,8 +19,8 @@ import tomli_w
 from pydantic import ValidationError
 
 from client.config import SiteConfig
-from common.config import Frozen, load, parse_assignment
-from common.errors import ConfigError
+from common.config import Frozen, load, parse_assignment, parse_message, validate
+from common.errors import ConfigError, RemoteProtocolError
 from common.simulation import plan_simulation
 from common.study import Study
 
@@ -756,3 +757,43 @@ def test_50_mutated_files_each_end_a_command_with_one_error_that_names_the_key(
     print(f"{len(cases)} files, exit 2 each; {slowest}")  # noqa: T201
     assert len(cases) == 50
     assert max(seconds) < torch_s
+
+
+def test_the_keys_that_could_be_meant_are_collected_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of unknown keys would take minutes otherwise."""
+
+    class Small(Frozen):
+        number: int = 1
+
+    schemas = []
+
+    def schema(kind: type[Frozen], **more: Any) -> dict[str, Any]:
+        schemas.append(kind)
+        return {"properties": {"number": {}}}
+
+    monkeypatch.setattr(Frozen, "model_json_schema", classmethod(schema))
+    with pytest.raises(ConfigError, match="did you mean 'number'"):
+        validate({f"numbe{k}": 1 for k in range(50)}, Small, source=Path("small.toml"))
+    assert len(schemas) == 1
+
+
+def test_a_message_is_read_once_and_of_its_wrong_keys_a_few_are_named() -> None:
+    wrong = json.dumps({"\x1b[8m": 1, **{f"key{k}": 1 for k in range(99)}})
+    with pytest.raises(RemoteProtocolError) as caught:
+        parse_message(wrong, Frozen, what="thing", rule="R2")
+    assert str(caught.value).startswith("not a thing of this version: ?[8m, key0, key1")
+    assert str(caught.value).endswith("key8 and 90 more [R2]")
+
+
+def test_a_message_whose_values_conflict_is_refused() -> None:
+    class Pair(Frozen):
+        low: int
+        high: int
+
+        def conflicts(self) -> Iterator[tuple[str, str]]:
+            if self.low > self.high:
+                yield "low", "is above high"
+
+    assert parse_message('{"low": 1, "high": 2}', Pair, what="pair").high == 2
+    with pytest.raises(RemoteProtocolError, match="not a pair of this version: low"):
+        parse_message('{"low": 3, "high": 2}', Pair, what="pair")

@@ -42,6 +42,7 @@ SECRET = new_secret()
 MEMBERS = ("site-1", "site-2", "site-3")
 BAD, GOOD = "site-1", "site-2"
 DAYS = 30
+MAX_UPLOAD_BYTES = 16 << 20
 SERVED_WITHIN_S = 5.0  # a fraction of a second, but for whatever else this machine does
 
 
@@ -293,6 +294,7 @@ def told_of(consortium: Consortium) -> Listening:
         about={"version": "test"},
         health="",
         secret=SECRET,
+        max_upload_bytes=MAX_UPLOAD_BYTES,
     )
 
 

@@ -1,0 +1,224 @@
+"""The grid that reaches the sites through Flower's SuperLink, and what of it may fail.
+
+What a site sends is its own affair until it is put together: an answer that never comes whole, that
+is no message, or that would grow when it is unpacked costs that site its turn and nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+from flwr.app import Error, Message
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.common.serde import run_from_proto
+from flwr.common.serde_utils import metadata_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.runtime_pb2 import (
+    PullAppMessagesRequest,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
+from flwr.supercore.protobuf.client import ProtobufClient
+from flwr.supercore.retry import RetryInvoker, exponential
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from common.errors import RoundAborted
+from server.arrival import Arrival, Unusable
+
+HEARTBEAT_S = 20.0  # the coordinator's token lives 60 s without one
+RETRY_S = 10  # the SuperLink is on this machine: silent for so long, it is dead
+TIMEOUT_S = 30.0  # of one operation on a socket
+MAX_BODIES = 4  # answers that are in memory together
+TURN_S = 1.0  # without progress, where others wait for a place
+PULLS = 8  # objects of one answer, together
+
+Client = TypeVar("Client", bound=ProtobufClient)
+log = logging.getLogger("consilium.superlink")
+
+
+@dataclass(frozen=True)
+class Connected:
+    """A site's connection."""
+
+    node_id: int
+    since: str  # when it was made, by the SuperLink's clock
+
+
+def direct(client: Client) -> Client:
+    """A client of Flower's that shows its secrets to nobody but whom it calls.
+
+    Flower's own goes through the proxy that the environment names, and follows redirects.
+    """
+    client.close()
+    client._client = httpx.Client(timeout=TIMEOUT_S, follow_redirects=False, trust_env=False)  # noqa: SLF001
+    return client
+
+
+class CoordinatorGrid(HttpGrid):
+    """Flower's grid, polled as fast as answers come; a dead SuperLink is an error, not a wait.
+
+    Args:
+      address: Of the admin listener.
+      token: Of Flower's run.
+      interceptors: What every call shows.
+      max_upload_bytes: Of one answer, put together.
+    """
+
+    def __init__(
+        self, address: str, token: str, interceptors: Sequence[Any], max_upload_bytes: int
+    ) -> None:
+        super().__init__(address, insecure=True, token=token)
+        self._shown = [*interceptors, RuntimeTokenHttpInterceptor(token)]
+        self._max_bytes = max_upload_bytes
+        self._ends: dict[str, float] = {}  # by question: when nobody waits for its answer any more
+        self._arriving: dict[str, Arrival] = {}  # by question
+        self._pool = ThreadPoolExecutor(min(PULLS, 2 * (os.cpu_count() or 1)))
+        self.set_run(run_from_proto(self._runtime_client.PullTaskInput(PullTaskInputRequest()).run))
+        self._stopped = threading.Event()
+        threading.Thread(target=self._send_heartbeats, daemon=True).start()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See ``HttpGrid``.
+
+        Raises:
+          RoundAborted: The SuperLink died.
+        """
+        messages = list(messages)
+        with _is_alive():
+            self._forget_what_ended()
+            ids = list(super().push_messages(messages))
+        now = time.monotonic()
+        pairs = zip(ids, messages, strict=True)
+        self._ends |= {sent: now + message.metadata.ttl for sent, message in pairs}
+        return ids
+
+    def connected(self) -> dict[str, Connected]:
+        """The sites that are connected, by name.
+
+        Raises:
+          RoundAborted: The SuperLink died.
+        """
+        with _is_alive():
+            nodes = self.get_nodes()
+        return {node.name: Connected(node.node_id, node.last_activated_at) for node in nodes}
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The answers that are whole by now; it waits for none. Others come with the next call.
+
+        An answer that cannot be used, or does not come whole, is an error message from its site.
+
+        Raises:
+          RoundAborted: The SuperLink died.
+        """
+        with _is_alive():
+            self._look_for([each for each in message_ids if each not in self._arriving])
+            return list(self._whole())
+
+    def finish(self) -> None:
+        """End Flower's run, so that sites stop waiting for it."""
+        self._stopped.set()
+        self._pool.shutdown(cancel_futures=True)
+        with contextlib.suppress(httpx.HTTPError, RuntimeError):
+            self._runtime_client.PushTaskOutput(PushTaskOutputRequest(sub_status="completed"))
+        self.close()
+
+    def _look_for(self, questions: Sequence[str]) -> None:
+        """Note what is announced as an answer to these; its objects may still be on their way."""
+        if not questions:
+            return
+        request = PullAppMessagesRequest(message_ids=questions)
+        found = self._runtime_client.PullMessages(request)
+        for head, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            question = head.metadata.reply_to_message_id
+            ends = self._ends.pop(question, 0.0)
+            self._arriving[question] = Arrival.of(metadata_from_proto(head.metadata), tree, ends)
+            self._pool.submit(self._delete, question)  # a site may never have confirmed it
+
+    def _whole(self) -> Iterator[Message]:
+        """Go on with the first few answers, in turn: one that is slow holds up no other."""
+        for question, arrival in list(self._arriving.items())[:MAX_BODIES]:
+            try:
+                message = arrival.advance(self._pulled, self._pool, self._max_bytes)
+            except Unusable as error:
+                log.error("an answer of node %d: %s", arrival.node, error)  # noqa: TRY400
+                reason = Error(ErrorCode.MESSAGE_UNAVAILABLE)
+                message = make_message(arrival.metadata, error=reason)
+            if message is not None:
+                del self._arriving[question]
+                self._delete(arrival.message_id)
+                yield message
+            elif len(self._arriving) > MAX_BODIES and arrival.idle_s() > TURN_S:
+                arrival.start_again()
+                self._arriving[question] = self._arriving.pop(question)  # behind the others
+
+    def _pulled(self, object_id: str) -> bytes | None:
+        """An object; None where it has not come yet."""
+        request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=object_id)
+        found = self._runtime_client.PullObject(request)
+        if not found.object_found:
+            raise Unusable("it was withdrawn, or was too large")
+        return found.object_content if found.object_available else None
+
+    def _forget_what_ended(self) -> None:
+        """Delete questions that were not answered: a site that never fetches one fills no store."""
+        now = time.monotonic()
+        for question in [each for each, ends in self._ends.items() if ends < now]:
+            del self._ends[question]
+            self._delete(question)
+
+    def _delete(self, message_id: str) -> None:
+        request = ConfirmMessageReceivedRequest(
+            node=self.node, run_id=self.run.run_id, message_object_id=message_id
+        )
+        self._runtime_client.ConfirmMessageReceived(request)
+
+    def _connect(self) -> None:
+        self._client = direct(
+            RuntimeHttpClient(
+                f"http://{self._addr}",
+                interceptors=self._shown,
+                retry_invoker=RetryInvoker(
+                    lambda: exponential(base_delay=0.05, max_delay=1),
+                    httpx.TransportError,
+                    max_tries=None,
+                    max_time=RETRY_S,
+                ),
+            )
+        )
+
+    def _disconnect(self) -> None:
+        """As ``HttpGrid`` does, without a line on the screen."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
+
+    def _send_heartbeats(self) -> None:
+        while not self._stopped.wait(HEARTBEAT_S):
+            try:
+                self._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+            except httpx.HTTPError as error:
+                log.warning("no heartbeat reached the SuperLink: %s", type(error).__name__)
+
+
+@contextlib.contextmanager
+def _is_alive() -> Iterator[None]:
+    try:
+        yield
+    except (httpx.TransportError, httpx.HTTPStatusError) as error:
+        raise RoundAborted(
+            f"Flower's SuperLink does not answer ({type(error).__name__}): see superlink.log in "
+            "the run folder; fl-server --resume goes on from the last round"
+        ) from None
