@@ -57,6 +57,7 @@ from client.finding import one_line
 from client.place import TIMEOUT_S, Place, open_line
 from common.errors import FederationError
 from common.identity import Identity
+from common.objects import num_bytes_together
 
 __all__ = ["Connection", "Disconnected", "Place", "Withdrawn", "serve"]
 
@@ -158,6 +159,8 @@ class Connection:
         self._client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=whole)
         )
+        if num_bytes_together(contents) > MAX_MESSAGE_BYTES:
+            raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
         message = inflate_object_from_contents(whole, contents)
         if not isinstance(message, Message):
             raise Disconnected("what came is no message of Flower's")

@@ -21,12 +21,12 @@ from common.tasks import task_of
 from server.app import exchange
 from server.config import CoordinatorConfig
 from server.coordinator import Summary, run
-from server.grid import CoordinatorGrid
 from server.heads import Heads
 from server.network import Enough, never
 from server.progress import ConsoleObserver, Readiness
 from server.run_dir import SUPERLINK, RunDir
-from server.superlink import Listening, SuperLink, new_secret
+from server.superlink.grid import CoordinatorGrid
+from server.superlink.launcher import Listening, SuperLink, new_secret
 
 ASK_S, LONGEST_S = 5.0, 60.0  # a site that is not ready yet is asked again after so long
 POLL_S = 0.2

@@ -27,22 +27,24 @@ from deployment import Consortium
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 import client.runtime
-import server.grid
+import server.superlink.grid
 from client.runtime import Place, serve
 from common.errors import RoundAborted
-from server.superlink import CoordinatorGrid, SuperLink
+from server.superlink.grid import CoordinatorGrid
+from server.superlink.launcher import SuperLink
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp")  # documented, with a promise
 AT_THE_EDGE = {"client/app.py", "common/wire.py", "server/app.py"}
 ADAPTERS = {
+    "common/objects.py",
     "client/runtime.py",
-    "server/arrival.py",
-    "server/grid.py",
-    "server/object_store.py",
-    "server/superlink.py",
-    "server/superlink_service.py",
-    "server/uploads.py",
+    "server/superlink/arrival.py",
+    "server/superlink/grid.py",
+    "server/superlink/object_store.py",
+    "server/superlink/launcher.py",
+    "server/superlink/service.py",
+    "server/superlink/uploads.py",
 }
 SOON_S = 20.0  # it takes a second or two
 INSIDE = {
@@ -74,16 +76,18 @@ INSIDE = {
         flwr.supernode.fleet_http_client.FleetHttpClient
         flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor
     """,
-    "server/arrival.py": """
+    "common/objects.py": """
+        flwr.supercore.inflatable.inflatable_object.get_object_body
+        flwr.supercore.inflatable.inflatable_object.get_object_head_values_from_object_content
+    """,
+    "server/superlink/arrival.py": """
         flwr.app.message.make_message
         flwr.app.metadata.Metadata
         flwr.proto.message_pb2.ObjectTree
-        flwr.supercore.inflatable.inflatable_object.get_object_body
-        flwr.supercore.inflatable.inflatable_object.get_object_head_values_from_object_content
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
         flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
     """,
-    "server/grid.py": """
+    "server/superlink/grid.py": """
         flwr.app.message.make_message
         flwr.common.constant.ErrorCode
         flwr.common.serde.run_from_proto
@@ -101,12 +105,12 @@ INSIDE = {
         flwr.supercore.runtime.RuntimeHttpClient
         flwr.superlink.grid.http_grid.HttpGrid
     """,
-    "server/object_store.py": """
+    "server/superlink/object_store.py": """
         flwr.proto.message_pb2.ObjectTree
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
         flwr.supercore.object_store.in_memory_object_store.InMemoryObjectStore
     """,
-    "server/superlink.py": """
+    "server/superlink/launcher.py": """
         flwr.common.constant.SUPERLINK_NODE_ID
         flwr.proto.control_pb2.StartRunRequest
         flwr.proto.fab_pb2.Fab
@@ -120,7 +124,7 @@ INSIDE = {
         flwr.supercore.runtime.RuntimeHttpClient
         flwr.supercore.task_identity.TaskIdentity
     """,
-    "server/superlink_service.py": """
+    "server/superlink/service.py": """
         flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL
         flwr.common.constant.NOOP_ACCOUNT_NAME
         flwr.common.constant.NOOP_FLWR_AID
@@ -131,7 +135,7 @@ INSIDE = {
         flwr.superlink.config_loader.SuperLinkLifespanConfig
         flwr.superlink.main.create_app
     """,
-    "server/uploads.py": """
+    "server/superlink/uploads.py": """
         flwr.proto.fleet_pb2.PushMessagesRequest
         flwr.proto.message_pb2.PushObjectRequest
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
@@ -237,7 +241,7 @@ def test_messages_of_12_mb_arrive_whole_in_both_directions(
 def test_a_killed_superlink_is_an_error_soon_and_sites_find_its_successor_by_themselves(
     consortium: Consortium, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.grid, "RETRY_S", 1)
+    monkeypatch.setattr(server.superlink.grid, "RETRY_S", 1)
     with serving(place):
         with started(consortium) as first:
             grid = first.open_grid()
@@ -321,7 +325,7 @@ def test_the_superlink_ends_with_its_coordinator(consortium: Consortium) -> None
     """Its standard input ends when the coordinator does, however that ends."""
     start = (
         "import json, sys, time; from pathlib import Path\n"
-        "from server.superlink import Listening, SuperLink\n"
+        "from server.superlink.launcher import Listening, SuperLink\n"
         "told = Listening(**json.loads(sys.stdin.readline()))\n"
         "superlink = SuperLink.start(told, Path(sys.argv[1]))\n"
         "print(superlink.pid, flush=True); time.sleep(600)\n"

@@ -38,13 +38,14 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_tree,
 )
 
-import server.arrival
-import server.grid
+import server.superlink.arrival
+import server.superlink.grid
 from client.runtime import Connection
 from common import wire
 from common.messages import Greeting, Introduction, Reason, Refusal, Upload
 from server.deployed import DeployedNetwork
-from server.superlink import CoordinatorGrid, SuperLink
+from server.superlink.grid import CoordinatorGrid
+from server.superlink.launcher import SuperLink
 
 PUSH_MESSAGES, PUSH_OBJECT = "/v1/fleet/push-messages", "/v1/fleet/push-object"
 REFUSAL = Refusal(run="", reason=Reason.PROTOCOL)
@@ -328,7 +329,7 @@ def test_an_answer_that_never_comes_whole_ends_with_the_exchange(
 def test_an_answer_without_progress_is_given_up_before_the_exchange_ends(
     grid: CoordinatorGrid, sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.arrival, "STALLED_S", 0.5)
+    monkeypatch.setattr(server.superlink.arrival, "STALLED_S", 0.5)
 
     def hostile() -> None:
         reply = honest_to(sites[BAD].question())
@@ -343,8 +344,8 @@ def test_an_answer_without_progress_is_given_up_before_the_exchange_ends(
 def test_an_answer_that_stands_still_gives_its_place_to_another(
     grid: CoordinatorGrid, sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server.grid, "MAX_BODIES", 1)
-    monkeypatch.setattr(server.grid, "TURN_S", 0.2)
+    monkeypatch.setattr(server.superlink.grid, "MAX_BODIES", 1)
+    monkeypatch.setattr(server.superlink.grid, "TURN_S", 0.2)
     arrived, announced = [], threading.Event()
 
     def hostile() -> None:
@@ -592,7 +593,7 @@ def test_a_question_that_is_answered_is_deleted_whatever_the_site_confirms(
 def is_gone(grid: CoordinatorGrid, message_id: str) -> bool:
     try:
         return not grid._pulled(message_id)
-    except server.arrival.Unusable:
+    except server.superlink.arrival.Unusable:
         return True
 
 

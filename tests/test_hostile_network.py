@@ -58,13 +58,13 @@ from client.runtime import Connection, Disconnected
 from common.authority import CERTIFICATE, REVOKED, Authority
 from common.errors import RoundAborted
 from common.identity import Role
-from server.grid import direct
-from server.listener import (
+from server.superlink.grid import direct
+from server.superlink.launcher import ADMIN_HEADER, SuperLink
+from server.superlink.listener import (
     CALLS,
     FLEET,
     tls_context,
 )
-from server.superlink import ADMIN_HEADER, SuperLink
 
 DAYS = 30
 NUMBERS = count(2)  # of revocation lists: the door takes none that is older

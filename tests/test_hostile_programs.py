@@ -25,7 +25,8 @@ from common.messages import Greeting, Introduction, Reason, Refusal
 from common.study import Study
 from server import superlink as flower
 from server.app import exchange
-from server.superlink import CoordinatorGrid, SuperLink
+from server.superlink.grid import CoordinatorGrid
+from server.superlink.launcher import SuperLink
 
 NAMES = ("site-1", "site-2", "site-3", "site-4", "site-5")
 ANSWER_S = 60.0

@@ -35,16 +35,16 @@ from deployment import Consortium
 
 from common.identity import Certified
 from server import listener, peer_protocol
-from server.doorkeeper import Doorkeeper
-from server.listener import (
+from server.superlink.doorkeeper import Doorkeeper
+from server.superlink.launcher import SuperLink
+from server.superlink.listener import (
     MAX_BODY_BYTES,
     MAX_TOGETHER,
     PublicListener,
     public_config,
     tls_context,
 )
-from server.peer_protocol import MAX_FROM_ONE
-from server.superlink import SuperLink
+from server.superlink.peer_protocol import MAX_FROM_ONE
 
 CUT = 0  # in place of a status: the connection was closed
 

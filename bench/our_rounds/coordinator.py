@@ -16,7 +16,7 @@ import server.cohort
 import server.coordinator
 from server import cli
 from server.run_dir import RunDir
-from server.superlink import CoordinatorGrid
+from server.superlink.grid import CoordinatorGrid
 
 
 def pretend(num_params: int) -> None:

@@ -20,7 +20,7 @@ from our_rounds.notes import Event, read_notes
 from our_rounds.phases import Round, phases_of_rounds
 from stock_flower.deployment import Environment, Program, Start, processes
 
-from server.superlink import ENVIRONMENT
+from server.superlink.launcher import ENVIRONMENT
 
 BENCH = Path(__file__).resolve().parent.parent
 sys.path.append(str(BENCH.parent / "tests" / "support"))

@@ -38,8 +38,8 @@ from common.manifest import code_digest
 from common.plan import plan_privacy
 from common.study import Study
 from server.config import CoordinatorConfig
-from server.listener import tls_context
-from server.superlink import Listening, SuperLink, new_secret
+from server.superlink.launcher import Listening, SuperLink, new_secret
+from server.superlink.listener import tls_context
 
 NAMES = ("north", "south", "west")
 SITE = "north"

@@ -14,7 +14,7 @@ from cryptography import x509
 from common.authority import CERTIFICATE, REVOKED, Authority
 from common.errors import RemoteProtocolError
 from common.identity import Identity
-from server.doorkeeper import Doorkeeper
+from server.superlink.doorkeeper import Doorkeeper
 
 STAMPS = count(10**18, 10**9)  # ns
 

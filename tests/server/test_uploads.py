@@ -11,9 +11,9 @@ from flwr.proto.fleet_pb2 import PushMessagesRequest
 from flwr.proto.message_pb2 import Message, Metadata, ObjectTree, PushObjectRequest
 from flwr.proto.node_pb2 import Node
 
-from server.listener import SITE
-from server.object_store import FlatStore
-from server.uploads import PUSH_MESSAGES, PUSH_OBJECT, Uploads
+from server.superlink.listener import SITE
+from server.superlink.object_store import FlatStore
+from server.superlink.uploads import PUSH_MESSAGES, PUSH_OBJECT, Uploads
 
 RUN, NODE = 3, 7
 MOST = 1000  # bytes of one answer

@@ -26,7 +26,7 @@ from common.authority import CERTIFICATE, REVOKED, Authority
 from common.config import load
 from common.identity import Identity
 from common.study import Study
-from server.superlink import Listening, new_secret
+from server.superlink.launcher import Listening, new_secret
 
 PULL = "/v1/fleet/pull-messages"
 HOST = "127.0.0.1"

@@ -1,6 +1,6 @@
 """Flower's SuperLink, started, watched and stopped.
 
-It runs in a process of its own, server.superlink_service; server.grid reaches the sites through it.
+It runs in a process of its own, see ``service``; ``grid`` reaches the sites through it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import ConfigError
-from server.grid import Connected, CoordinatorGrid, direct
-
-__all__ = [
-    "ADMIN_HEADER",
-    "ENVIRONMENT",
-    "Connected",
-    "CoordinatorGrid",
-    "Listening",
-    "SuperLink",
-    "new_secret",
-]
+from server.superlink.grid import CoordinatorGrid, direct
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -108,7 +98,7 @@ class SuperLink:
         """
         with log_file.open("a") as errors:
             process = subprocess.Popen(  # noqa: S603 - our own program, and a path
-                [sys.executable, "-m", "server.superlink_service", str(log_file)],
+                [sys.executable, "-m", "server.superlink.service", str(log_file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

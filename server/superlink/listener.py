@@ -26,8 +26,8 @@ from uvicorn import Config
 
 from common.errors import FederationError
 from common.identity import Certified, fingerprint
-from server.doorkeeper import Doorkeeper
-from server.peer_protocol import PeerProtocol
+from server.superlink.doorkeeper import Doorkeeper
+from server.superlink.peer_protocol import PeerProtocol
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

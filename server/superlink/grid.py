@@ -36,7 +36,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from common.errors import RoundAborted
-from server.arrival import Arrival, Unusable
+from server.superlink.arrival import Arrival, Unusable
 
 HEARTBEAT_S = 20.0  # the coordinator's token lives 60 s without one
 RETRY_S = 10  # the SuperLink is on this machine: silent for so long, it is dead

@@ -1,6 +1,6 @@
 """The process that Flower's SuperLink runs in: its app behind two listeners of our own.
 
-The public one is server.listener; the admin one is on loopback and asks every caller for a secret.
+The public one is in ``listener``; the admin one is on loopback and asks every caller for a secret.
 Stock Flower serves both on one port, where whoever can reach it may start code on every site. The
 process ends when its standard input does, so it never outlives its coordinator.
 """
@@ -31,17 +31,17 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from common.identity import Certified
-from server.doorkeeper import Doorkeeper
-from server.listener import (
+from server.superlink.doorkeeper import Doorkeeper
+from server.superlink.launcher import ADMIN_HEADER, Listening
+from server.superlink.listener import (
     GRACE_S,
     App,
     PublicListener,
     public_config,
     tls_context,
 )
-from server.object_store import FlatStore
-from server.superlink import ADMIN_HEADER, Listening
-from server.uploads import Uploads
+from server.superlink.object_store import FlatStore
+from server.superlink.uploads import Uploads
 
 MAX_LOG_BYTES = 16 << 20  # twice: what a member can make it say must not fill the disk
 

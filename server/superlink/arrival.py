@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Self
 
-from flwr.app import Array, Message
+from flwr.app import Message
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_body,
-    get_object_head_values_from_object_content,
-    iterate_object_tree,
-)
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+
+from common.objects import num_bytes_together
 
 STALLED_S = 180.0  # without progress; so long may one object take at the door
 
@@ -94,7 +91,7 @@ class Arrival:
 
     def _put_together(self, max_bytes: int) -> Message:
         try:
-            num_bytes = _num_bytes(self.came)
+            num_bytes = num_bytes_together(self.came)
             is_small = num_bytes <= max_bytes
             message = inflate_object_from_contents(self.message_id, self.came) if is_small else None
         except Exception as error:  # noqa: BLE001 - whatever a site's bytes do to Flower
@@ -106,14 +103,3 @@ class Arrival:
         if message.has_error():
             return make_message(self.metadata, error=message.error)
         return make_message(self.metadata, content=message.content)
-
-
-def _num_bytes(contents: Mapping[str, bytes]) -> int:
-    """Of all arrays, put together: one may name a piece a million times."""
-    total = 0
-    for content in contents.values():
-        kind, pieces, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            for index in json.loads(get_object_body(content, Array))["arraychunk_ids"]:
-                total += len(contents[pieces[index]])
-    return total
