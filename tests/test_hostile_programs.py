@@ -23,8 +23,8 @@ from common.config import load
 from common.disk import replace_file
 from common.messages import Greeting, Introduction, Reason, Refusal
 from common.study import Study
-from server import superlink as flower
 from server.app import exchange
+from server.superlink import launcher as flower
 from server.superlink.grid import CoordinatorGrid
 from server.superlink.launcher import SuperLink
 

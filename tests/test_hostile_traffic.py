@@ -34,7 +34,7 @@ from callers import (
 from deployment import Consortium
 
 from common.identity import Certified
-from server import listener, peer_protocol
+from server.superlink import listener, peer_protocol
 from server.superlink.doorkeeper import Doorkeeper
 from server.superlink.launcher import SuperLink
 from server.superlink.listener import (
