@@ -14,6 +14,7 @@ from our_rounds.notes import Ids, Notebook
 
 import server.cohort
 import server.coordinator
+import server.deployed
 from server import cli
 from server.run_dir import RunDir
 from server.superlink.grid import CoordinatorGrid
@@ -21,7 +22,8 @@ from server.superlink.grid import CoordinatorGrid
 
 def pretend(num_params: int) -> None:
     """A model of any size."""
-    server.coordinator.build_network = lambda *_: network_of(num_params)
+    made_up = network_of(num_params)
+    server.coordinator.build_network = server.deployed.build_network = lambda *_: made_up
 
 
 def watch(notebook: Notebook) -> None:
