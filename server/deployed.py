@@ -25,11 +25,12 @@ from server.heads import Heads
 from server.network import Enough, never
 from server.progress import ConsoleObserver, Readiness
 from server.run_dir import SUPERLINK, RunDir
-from server.superlink.grid import CoordinatorGrid
+from server.superlink.grid import Connected, CoordinatorGrid
 from server.superlink.launcher import Listening, SuperLink, new_secret
 
 ASK_S, LONGEST_S = 5.0, 60.0  # a site that is not ready yet is asked again after so long
 POLL_S = 0.2
+RETURN_S = 5.0  # for a site that was connected when it was looked last
 WATCH_S = 2.0  # between two looks at who connected anew
 AROUND_BYTES, MEMBER_BYTES = 128 << 10, 64_000  # of an upload: statement and heads; shares
 ANSWER_S = 30.0  # for saying whether it takes part
@@ -43,10 +44,25 @@ class DeployedNetwork:
     def __init__(self, grid: CoordinatorGrid, deadline_s: float) -> None:
         self._grid = grid
         self._deadline_s = deadline_s
+        self._there: set[str] = set()  # when it was looked last
 
     def sites(self) -> Sequence[str]:
         """Every site that is connected now."""
-        return list(self._grid.connected())
+        return list(self._connected())
+
+    def _connected(self) -> dict[str, Connected]:
+        """Who is connected; a site that was here a moment ago gets a moment to come back.
+
+        A site connects anew when its certificate is renewed, its program restarted, or a link
+        flickers: that must not make it a dropout, or open a new epoch without it.
+        """
+        end = time.monotonic() + RETURN_S
+        while True:
+            now = self._grid.connected()
+            if self._there <= now.keys() or time.monotonic() > end:
+                self._there = set(now)
+                return now
+            time.sleep(POLL_S)
 
     def ask(
         self, messages: Mapping[str, Message], enough: Enough = never
@@ -58,7 +74,7 @@ class DeployedNetwork:
         self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         """The same with another deadline; a site that is not connected is left out."""
-        there = {site: one for site, one in self._grid.connected().items() if site in messages}
+        there = {site: one for site, one in self._connected().items() if site in messages}
         names = {one.node_id: site for site, one in there.items()}
         by_node = {node: messages[site] for node, site in names.items()}
         if by_node:
