@@ -49,9 +49,7 @@ class Approvals:
         Raises:
           ConfigError: The study pins no keys: anybody could take part in it.
         """
-        if missing := list(study.unpinned()):
-            lines = "".join(f"\n  {key}: {text}" for key, text in missing)
-            raise ConfigError(f"study {study.name} cannot be deployed; it lacks:{lines}")
+        study.check_pinned()
         self._home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._approved.mkdir(mode=0o700, exist_ok=True)
         digest = study.digest()

@@ -17,7 +17,8 @@ from typing import Any
 
 from client.config import Budget, Certificates, SiteConfig
 from client.hospital import STUDIES
-from client.ledger import Ledger, charge_key
+from client.journal import JOURNAL
+from client.ledger import LEDGERS, Ledger, charge_key
 from client.site import AUDIT
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog, verify
@@ -58,7 +59,7 @@ def read_journal(folder: Path) -> Kept | None:
     Raises:
       DataError: It cannot be read.
     """
-    path = folder / "journal.sqlite"
+    path = folder / JOURNAL
     if not path.exists():
         return None
     try:
@@ -87,7 +88,7 @@ def _kept(epoch: dict[str, Any], last: dict[str, Any]) -> Kept:
 
 def ledger_file(config: SiteConfig) -> Path:
     """Of the data set that the site file names."""
-    return config.state_dir / "ledgers" / f"{config.data.name}.jsonl"
+    return config.state_dir / LEDGERS / f"{config.data.name}.jsonl"
 
 
 def charged_in_run_under_way(home: Path, study: Study, ledger: Ledger) -> int:
@@ -108,7 +109,7 @@ def ledger_lines(config: SiteConfig) -> Iterator[str]:
     Raises:
       DataError: A ledger is damaged.
     """
-    files = sorted((config.state_dir / "ledgers").glob("*.jsonl"))
+    files = sorted((config.state_dir / LEDGERS).glob("*.jsonl"))
     if not files:
         yield f"no ledger in {config.state_dir / 'ledgers'}: nothing was ever charged"
     for path in files:
@@ -209,7 +210,7 @@ def _check_stated(stated: Statement, config: SiteConfig) -> str:
     which = f"statement on sum {stated.sum_number} of run {stated.run[:SHORT]}"
     home = config.state_dir
     _check_own(stated, which, config.certificates)
-    ledgers = [Ledger(path, path.stem, None) for path in (home / "ledgers").glob("*.jsonl")]
+    ledgers = [Ledger(path, path.stem, None) for path in (home / LEDGERS).glob("*.jsonl")]
     is_held = {
         "audit log": AuditLog(home / AUDIT, lambda: datetime.now(UTC)).holds(stated.audit),
         "ledger": any(ledger.holds(stated.ledger) for ledger in ledgers),

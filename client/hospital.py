@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
-import os
-import weakref
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 from client.approvals import Approvals
 from client.config import SiteConfig, deployed
 from client.dataset import load_site_data
+from client.journal import JOURNAL
 from client.own_files import OwnFiles
 from client.place import NEWEST_LIST
 from client.policy import check_policy, check_unit
 from client.round import COORDINATOR, answer
-from client.site import AUDIT, Site, Source, open_site, pick_device
+from client.site import AUDIT, Site, Source, open_site, pick_device, utc_now
 from common.audit import MAX_VALUE_CHARS, AuditLog
-from common.disk import replace_file
+from common.disk import hold_lock, replace_file
 from common.errors import ConfigError, DataError, FederationError, PolicyError, RemoteProtocolError
 from common.facts import facts_of
 from common.manifest import Manifest
@@ -29,18 +27,13 @@ from common.study import Study
 
 STUDIES, BEGAN = "studies", "began"  # folders: one per study, and which studies there were
 CURRENT, LOCK = "current-study", ".lock"
-JOURNAL = "journal.sqlite"  # in a study's folder; client.journal tells where it alone is gone
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 10.0  # after refusals in a row; the coordinator waits 30 s
-
-
-def _utc_now() -> datetime:
-    return datetime.now(UTC)
 
 
 class Hospital:
     """Answers the coordinator; the network and the images of the current study stay in memory."""
 
-    def __init__(self, config: SiteConfig, now: Callable[[], datetime] = _utc_now) -> None:
+    def __init__(self, config: SiteConfig, now: Callable[[], datetime] = utc_now) -> None:
         """Open this hospital's books.
 
         Raises:
@@ -201,14 +194,10 @@ class Hospital:
 
     def _lock(self) -> None:
         """Keep a second process of this hospital out for as long as this object lives."""
-        held = os.open(self.home / LOCK, os.O_CREAT | os.O_WRONLY, 0o600)
-        weakref.finalize(self, os.close, held)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not hold_lock(self.home / LOCK, self):
             raise ConfigError(
                 f"state_dir {self.home}: another fl-client takes part with it; run one only"
-            ) from None
+            )
 
 
 def _refuse(_: Message, error: Exception) -> Message:

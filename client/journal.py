@@ -33,7 +33,7 @@ CREATE TABLE IF NOT EXISTS hospital.released (model TEXT, what TEXT, PRIMARY KEY
 CREATE TABLE IF NOT EXISTS memory (name TEXT PRIMARY KEY, content TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS counter (writes INTEGER NOT NULL);
 """
-RELEASED = "released.sqlite"
+JOURNAL, RELEASED = "journal.sqlite", "released.sqlite"
 LEAVE = "what was already said is unknown: this site must leave the run"
 
 

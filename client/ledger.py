@@ -20,6 +20,8 @@ from common.accounting import Event, epsilon_of
 from common.audit import GENESIS
 from common.errors import BudgetExhausted, DataError
 
+LEDGERS = "ledgers"  # folder in a site's state folder
+
 
 def charge_key(run: str, study: str) -> str:
     """What a debit is keyed by, beside the sum's number.

@@ -59,8 +59,6 @@ from common.errors import FederationError
 from common.identity import Identity
 from common.objects import num_bytes_together
 
-__all__ = ["Connection", "Disconnected", "Place", "Withdrawn", "serve"]
-
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0  # between two questions "anything for me?"
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0  # between two attempts to connect
 STEADY_S = 5.0  # a connection that held so long is a new beginning

@@ -15,8 +15,8 @@ import torch
 from client.clipping import check_engine, check_layers
 from client.config import Budget, Policy
 from client.dataset import SiteData
-from client.journal import RELEASED, Journal
-from client.ledger import Ledger, charge_key
+from client.journal import JOURNAL, RELEASED, Journal
+from client.ledger import LEDGERS, Ledger, charge_key
 from client.noise import Keystream
 from client.session import Party
 from common.audit import AuditLog
@@ -30,10 +30,11 @@ from common.statement import Statement
 from common.study import Study
 from common.tasks import Task, task_of
 
-AUDIT, LEDGERS = "audit.jsonl", "ledgers"  # in a site's folder
+AUDIT = "audit.jsonl"  # in a site's folder
 
 
-def _utc_now() -> datetime:
+def utc_now() -> datetime:
+    """This site's clock."""
     return datetime.now(UTC)
 
 
@@ -65,7 +66,7 @@ class Site:
     home: Path  # what all studies of this site have in common: ledgers and the audit log
     credentials: Callable[[], Credentials] | None = None  # None: it trains alone, sends nothing
     policy: Policy = field(default_factory=Policy)
-    now: Callable[[], datetime] = _utc_now
+    now: Callable[[], datetime] = utc_now
 
     def party(self) -> Party:
         """This site as others know it.
@@ -200,7 +201,7 @@ def open_site(
         network=network,
         first_model=digest_of_weights(network),
         task=task_of(study),
-        journal=Journal(state_dir / "journal.sqlite", home / RELEASED),
+        journal=Journal(state_dir / JOURNAL, home / RELEASED),
         ledger=Ledger(
             home / LEDGERS / f"{source.data_name}.jsonl", source.data_name, source.budget
         ),

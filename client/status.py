@@ -14,6 +14,7 @@ from client.certificate_check import check_certificate
 from client.config import SiteConfig
 from client.finding import one_line
 from client.hospital import CURRENT, LOCK, STUDIES
+from client.ledger import LEDGERS
 from client.site import AUDIT
 from common.audit import AuditLog
 from common.config import load
@@ -126,7 +127,7 @@ def _study_of(home: Path, digest: str) -> Study | None:
 
 
 def _spent(config: SiteConfig) -> Iterator[str]:
-    files = sorted((config.state_dir / "ledgers").glob("*.jsonl"))
+    files = sorted((config.state_dir / LEDGERS).glob("*.jsonl"))
     if not files:
         yield "ledger: nothing was ever charged"
     for path in files:

@@ -157,9 +157,7 @@ def credentials_of(study: Study, config: CoordinatorConfig) -> CoordinatorCreden
     Raises:
       ConfigError: The study pins no keys, or another coordinator's.
     """
-    if missing := list(study.unpinned()):
-        lines = "".join(f"\n  {key}: {text}" for key, text in missing)
-        raise ConfigError(f"study {study.name} cannot be deployed; it lacks:{lines}")
+    study.check_pinned()
     assert study.coordinator is not None  # noqa: S101 - unpinned() has looked
     files = config.certificates
     identity = Identity.load(files.cert, files.key)

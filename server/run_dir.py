@@ -7,14 +7,9 @@ is written again.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
-import tempfile
-import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from common.config import load
-from common.disk import sync_folder
+from common.disk import hold_lock, replace_file, replacing
 from common.errors import ConfigError
 from common.evidence import FILE as EVIDENCE
 from common.manifest import Manifest
@@ -101,12 +96,8 @@ class RunDir:
 
     def _lock(self) -> None:
         """Keep a second process out of this run for as long as this object lives."""
-        held = os.open(self.path / LOCK, os.O_CREAT | os.O_WRONLY, 0o600)
-        weakref.finalize(self, os.close, held)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{self.path}: another process works on this run") from None
+        if not hold_lock(self.path / LOCK, self):
+            raise ConfigError(f"{self.path}: another process works on this run")
 
     def study(self) -> Study:
         """The study of this run; its digest is the run's."""
@@ -237,14 +228,14 @@ class RunDir:
 
     def save_counts(self, name: str, counts: NDArray[np.int64]) -> None:
         """Keep the summed counts that figures are computed from."""
-        with self._replacing(f"counts/{name}.npy") as file:
+        with replacing(self.path / "counts" / f"{name}.npy", mode=0o644) as file:
             np.save(file, counts)
 
     def save_statements(self, statements: Iterable[Statement]) -> None:
         """Add to each site's signed privacy statements, one for every sum it was part of."""
         for statement in statements:
             (self.path / PRIVACY).mkdir(exist_ok=True)
-            before = self.all_statements().get(statement.site, [])
+            before = _read_statements(self._statements_of(statement.site))
             kept = [one for one in before if one.sum_number < statement.sum_number]
             tables = [one.model_dump() for one in (*kept, statement)]
             text = json.dumps(tables, indent=1) + "\n"
@@ -252,10 +243,8 @@ class RunDir:
 
     def all_statements(self) -> dict[str, list[Statement]]:
         """Each site's statements, in the order of the sums; none in a study without privacy."""
-        return {
-            file.stem: [Statement.parse(json.dumps(one)) for one in json.loads(file.read_text())]
-            for file in sorted((self.path / PRIVACY).glob("*.json"))
-        }
+        files = sorted((self.path / PRIVACY).glob("*.json"))
+        return {file.stem: _read_statements(file) for file in files}
 
     def statements(self) -> list[Statement]:
         """The sites' last statements, by name."""
@@ -336,25 +325,18 @@ class RunDir:
 
     # Writing
 
-    def _write(self, name: str, content: bytes) -> None:
-        with self._replacing(name) as file:
-            file.write(content)
+    def _statements_of(self, site: str) -> Path:
+        return self.path / PRIVACY / f"{site}.json"
 
-    @contextmanager
-    def _replacing(self, name: str) -> Iterator[Any]:
-        """A file that takes its place only when it is complete and on disk."""
-        path = self.path / name
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            try:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            except BaseException:
-                Path(file.name).unlink(missing_ok=True)
-                raise
-        Path(file.name).chmod(0o644)
-        Path(file.name).rename(path)
-        sync_folder(path.parent)
+    def _write(self, name: str, content: bytes) -> None:
+        # A record to be shared; the folder's own mode says who comes near it.
+        replace_file(self.path / name, content, mode=0o644)
+
+
+def _read_statements(file: Path) -> list[Statement]:
+    """One site's statements; none where there is no file yet."""
+    tables = json.loads(file.read_text()) if file.exists() else []
+    return [Statement.parse(json.dumps(one)) for one in tables]
 
 
 def _never_began(path: Path) -> bool:

@@ -28,7 +28,8 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 import client.runtime
 import server.superlink.grid
-from client.runtime import Place, serve
+from client.place import Place
+from client.runtime import serve
 from common.errors import RoundAborted
 from server.superlink.grid import CoordinatorGrid
 from server.superlink.launcher import SuperLink
@@ -145,7 +146,8 @@ SITE = """
 import sys, threading
 from pathlib import Path
 from flwr.app import Message
-from client.runtime import Place, serve
+from client.place import Place
+from client.runtime import serve
 address, *files = sys.argv[1:]
 place = Place(address, *map(Path, files))
 serve(place, lambda message: Message(message.content, reply_to=message), threading.Event())

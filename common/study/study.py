@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from common.config import Frozen
+from common.errors import ConfigError
 from common.study.model import Model, model_misfits
 from common.study.privacy import DifferentialPrivacy, Privacy
 from common.study.task import Task
@@ -138,6 +139,16 @@ class Study(Frozen):
         for member in self.members:
             if member.key is None:
                 yield "members.key", f"the fingerprint of {member.name}'s key"
+
+    def check_pinned(self) -> None:
+        """Refuse to deploy a study in which anybody could take part.
+
+        Raises:
+          ConfigError: With every key that is missing.
+        """
+        if missing := list(self.unpinned()):
+            lines = "".join(f"\n  {key}: {text}" for key, text in missing)
+            raise ConfigError(f"study {self.name} cannot be deployed; it lacks:{lines}")
 
     def with_members(self, names: tuple[str, ...]) -> Study:
         """The same study with these members: a simulation fills them in."""

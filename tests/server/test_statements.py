@@ -119,3 +119,12 @@ def test_a_line_taken_out_of_the_audit_log_is_found(run: Path) -> None:
     with pytest.raises(FederationError, match=r"audit\.jsonl.*line 4") as refused:
         verify(run)
     assert refused.value.exit_code == 1
+
+
+def test_a_sites_statement_is_filed_without_reading_those_of_the_others(run: Path) -> None:
+    run_dir = RunDir(run)
+    last = run_dir.all_statements()["site-2"][-1]
+    (run / "privacy" / "site-1.json").write_text("not read")
+    run_dir.save_statements([last.model_copy(update={"sum_number": last.sum_number + 1})])
+    filed = json.loads((run / FILE).read_text())
+    assert [one["sum_number"] for one in filed] == [0, 1, 2, 3, 4]

@@ -21,7 +21,8 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest
 from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from client.runtime import Connection, Place
+from client.place import Place
+from client.runtime import Connection
 from common.authority import CERTIFICATE, REVOKED, Authority
 from common.config import load
 from common.identity import Identity
