@@ -15,6 +15,8 @@ from our_rounds.notes import Ids, Notebook
 import server.cohort
 import server.coordinator
 import server.deployed
+from common.models.flat import FlatNetwork
+from common.study import Study
 from server import cli
 from server.run_dir import RunDir
 from server.superlink.grid import CoordinatorGrid
@@ -22,8 +24,11 @@ from server.superlink.grid import CoordinatorGrid
 
 def pretend(num_params: int) -> None:
     """A model of any size."""
-    made_up = network_of(num_params)
-    server.coordinator.build_network = server.deployed.build_network = lambda *_: made_up
+
+    def build_network(study: Study, *_: Any) -> FlatNetwork:
+        return network_of(num_params, study)
+
+    server.coordinator.build_network = server.deployed.build_network = build_network
 
 
 def watch(notebook: Notebook) -> None:

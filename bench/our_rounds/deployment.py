@@ -8,27 +8,30 @@ it alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from our_rounds.notes import Event, read_notes
 from our_rounds.phases import Round, phases_of_rounds
-from stock_flower.deployment import Environment, Program, Start, processes
-
-from server.superlink.launcher import ENVIRONMENT
+from stock_flower.deployment import Program, Start, processes
 
 BENCH = Path(__file__).resolve().parent.parent
-sys.path.append(str(BENCH.parent / "tests" / "support"))
+sys.path += [str(BENCH.parent), str(BENCH.parent / "tests" / "support")]
 from deployment import Consortium, found  # noqa: E402 - it stands among the tests
+
+from common.study.study import Deadlines  # noqa: E402
+from server.superlink.launcher import ENVIRONMENT  # noqa: E402
 
 STUDY = BENCH.parent / "studies" / "phantoms.toml"  # of it, only what is not made up counts
 DATA = {"name": "none", "format": "phantom", "declared_patients": 100}
-START_S, ROUND_S = 120.0, 60.0  # how long we wait
+START_S, ROUND_S, PER_ENTRY_S = 120.0, 60.0, 1e-6  # how long we wait; the last: of each upload
 
 
 @dataclass(frozen=True)
@@ -45,54 +48,83 @@ def our_rounds(num_params: int, num_rounds: int, num_sites: int) -> Run:
     Raises:
       RuntimeError: The coordinator failed, or was too slow; the message ends with what it said.
     """
-    names = [f"site-{number}" for number in range(1, num_sites + 1)]
-    patience_s = START_S + ROUND_S * num_rounds
-    changed = {"num_rounds": num_rounds, "deadlines.answer_s": ROUND_S}
-    # On the disk that a hospital has, not in memory: every step waits until it is written.
-    with tempfile.TemporaryDirectory(prefix="consilium-ours-") as folder, processes() as start:
-        made = found(Path(folder), STUDY, names, data=DATA, overrides=changed)
-        coordinator = start_coordinator(start, made, num_params)
-        for number, name in enumerate(names, 1):
-            start_site(start, made, name, num_params, number)
-        wait_for_end(coordinator, made, patience_s)
-        noted = read_notes(notes_of(made, "coordinator"))
-        sites = [read_notes(notes_of(made, name)) for name in names]
+    with deployed(num_params, num_rounds, num_sites) as one:
+        one.run("our_rounds.coordinator", "our_rounds.site")
+        noted = read_notes(one.notes_of("coordinator"))
+        sites = [read_notes(one.notes_of(name)) for name in one.made.names]
     return Run(phases_of_rounds(noted, sites), seconds_of_keys(noted))
 
 
-def start_coordinator(start: Start, made: Consortium, num_params: int) -> Program:
-    """``fl-server``, but for the model."""
-    command = [sys.executable, "-m", "our_rounds.coordinator"]
-    command += [notes_of(made, "coordinator"), num_params, "--study", made.study]
-    command += ["--config", made.folder / "coordinator.toml", "--run-dir", made.run_dir]
-    return start(command, environment_of(made), lambda *_: None)
+@dataclass(frozen=True)
+class Deployed:
+    """A consortium whose models have any size."""
+
+    start: Start
+    made: Consortium
+    num_params: int
+    patience_s: float  # with a whole run
+
+    def run(self, coordinator: str, site: str) -> None:
+        """Run the study with these modules in the place of ``fl-server`` and ``fl-client``.
+
+        Raises:
+          RuntimeError: The coordinator failed, or was too slow.
+        """
+        program = self._started(
+            coordinator,
+            self.notes_of("coordinator"),
+            *("--study", self.made.study),
+            *("--config", self.made.folder / "coordinator.toml"),
+            *("--run-dir", self.made.run_dir),
+        )
+        for name in self.made.names:
+            self._started(site, self.notes_of(name), "--site-config", self.made.site(name))
+        self._wait_for_end(program)
+
+    def notes_of(self, name: str) -> Path:
+        """Where a program writes what is measured in it."""
+        return self.made.folder / f"{name}.jsonl"
+
+    def _started(self, module: str, notes: Path, *arguments: object) -> Program:
+        command = [sys.executable, "-m", module, notes, self.num_params, *arguments]
+        home = {"FLWR_HOME": str(self.made.folder / "flwr")}
+        # What is measured is the program that these files belong to.
+        path = {"PYTHONPATH": f"{BENCH}{os.pathsep}{BENCH.parent}"}
+        return self.start(command, {**os.environ, **ENVIRONMENT, **home, **path}, unheard)
+
+    def _wait_for_end(self, coordinator: Program) -> None:
+        """Return when the run has ended well."""
+        end = time.monotonic() + self.patience_s
+        while coordinator.is_running and time.monotonic() < end:
+            time.sleep(0.2)
+        if coordinator.is_running or not (self.made.run_dir / "summary.json").exists():
+            raise RuntimeError(f"our own run did not end:\n{''.join(coordinator.said[-40:])}")
 
 
-def start_site(start: Start, made: Consortium, name: str, num_params: int, number: int) -> None:
-    """``fl-client``, but for model and training."""
-    command = [sys.executable, "-m", "our_rounds.site", notes_of(made, name), num_params, number]
-    command += ["--site-config", made.site(name)]
-    start(command, environment_of(made), lambda *_: None)
+@contextlib.contextmanager
+def deployed(
+    num_params: int, num_rounds: int, num_sites: int, **overrides: object
+) -> Iterator[Deployed]:
+    """Files of a consortium, and what starts its programs; all are ended in the end.
+
+    Args:
+      num_params: Of the model.
+      num_rounds: Of the study.
+      num_sites: Its members.
+      overrides: Other values of the study, by dotted path.
+    """
+    names = [f"site-{number}" for number in range(1, num_sites + 1)]
+    phase_s = ROUND_S + PER_ENTRY_S * num_params * num_sites
+    deadlines = {f"deadlines.{name}": phase_s for name in Deadlines.model_fields}
+    changed = {"num_rounds": num_rounds, **deadlines, **overrides}
+    # On the disk that a hospital has, not in memory: every step waits until it is written.
+    with tempfile.TemporaryDirectory(prefix="consilium-ours-") as folder, processes() as start:
+        made = found(Path(folder), STUDY, names, data=DATA, overrides=changed)
+        yield Deployed(start, made, num_params, START_S + phase_s * num_rounds)
 
 
-def environment_of(made: Consortium) -> Environment:
-    """The variables that all programs get."""
-    home = {"FLWR_HOME": str(made.folder / "flwr")}
-    return {**os.environ, **ENVIRONMENT, **home, "PYTHONPATH": str(BENCH)}
-
-
-def notes_of(made: Consortium, name: str) -> Path:
-    """Where a program notes its times."""
-    return made.folder / f"{name}.jsonl"
-
-
-def wait_for_end(coordinator: Program, made: Consortium, patience_s: float) -> None:
-    """Return when the run has ended well."""
-    end = time.monotonic() + patience_s
-    while coordinator.is_running and time.monotonic() < end:
-        time.sleep(0.2)
-    if coordinator.is_running or not (made.run_dir / "summary.json").exists():
-        raise RuntimeError(f"our own run did not end:\n{''.join(coordinator.said[-40:])}")
+def unheard(_: str, __: float) -> None:
+    """What a program says is kept by whoever started it."""
 
 
 def seconds_of_keys(noted: list[Event]) -> float:

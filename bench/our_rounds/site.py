@@ -1,6 +1,6 @@
 """``fl-client`` whose steps are timed and whose training is made up.
 
-``python -m our_rounds.site NOTES NUM_PARAMS NUMBER`` and then the arguments of ``fl-client``.
+``python -m our_rounds.site NOTES NUM_PARAMS`` and then the arguments of ``fl-client``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,22 @@ import client.site
 from client import cli
 from client.journal import Journal
 from client.session import Session
+from common.models.flat import FlatNetwork
+from common.study import Study
 
 
-def pretend(num_params: int, number: int) -> None:
-    """A model of any size, and no training."""
+def pretend(num_params: int) -> None:
+    """A model of any size."""
+
+    def build_network(study: Study, *_: Any) -> FlatNetwork:
+        return network_of(num_params, study)
+
+    client.site.build_network = build_network
+
+
+def pretend_training(num_params: int, number: int) -> None:
+    """No training, and no images."""
     trainer = Trainer(num_params, number)
-    client.site.build_network = lambda *_: network_of(num_params)
     client.round.train, client.round.evaluate = trainer.train, trainer.evaluate
     client.hospital.load_site_data = no_images
 
@@ -59,14 +69,20 @@ class NoImages:
         return self
 
 
+def number_of(notes: Path) -> int:
+    """3 of site-3."""
+    return int(notes.stem.rpartition("-")[2])
+
+
 def no_images(*_: Any, **__: Any) -> NoImages:
     """In the place of reading a data set."""
     return NoImages()
 
 
 if __name__ == "__main__":
-    notes, params, own_number, *arguments = sys.argv[1:]
-    pretend(int(params), int(own_number))
+    notes, params, *arguments = sys.argv[1:]
+    pretend(int(params))
+    pretend_training(int(params), number_of(Path(notes)))
     watch(Notebook(Path(notes)))
     sys.argv = ["fl-client", *arguments]
     cli.main()
