@@ -1,6 +1,6 @@
 """``fl-server`` whose steps are timed and whose model is made up.
 
-``python -m our_rounds.coordinator NOTES NUM_PARAMS`` and then the arguments of ``fl-server``.
+``python -m our_rounds.coordinator NUM_PARAMS NOTES`` and then the arguments of ``fl-server``.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def pulled_ids(replies: list[Any], *_: Any) -> Ids:
 
 
 if __name__ == "__main__":
-    notes, params, *arguments = sys.argv[1:]
+    params, notes, *arguments = sys.argv[1:]
     pretend(int(params))
     watch(Notebook(Path(notes)))
     sys.argv = ["fl-server", *arguments]

@@ -2,8 +2,8 @@
 
 ``fl-server`` and an ``fl-client`` for each site with everything that they do in a hospital: TLS
 with certificates of both sides, approvals, journals and audit logs on disk. The model is a vector
-and nobody trains. ``python -m our_rounds.deployment NUM_PARAMS NUM_ROUNDS`` in ``bench/`` measures
-it alone.
+and nobody trains. ``python -m our_rounds.deployment NUM_PARAMS NUM_ROUNDS NUM_SITES`` in ``bench/``
+measures it alone.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from server.superlink.launcher import ENVIRONMENT  # noqa: E402
 STUDY = BENCH.parent / "studies" / "phantoms.toml"  # of it, only what is not made up counts
 DATA = {"name": "none", "format": "phantom", "declared_patients": 100}
 START_S, ROUND_S, PER_ENTRY_S = 120.0, 60.0, 1e-6  # how long we wait; the last: of each upload
+MOST_STARTED = 4  # sites that are programs of their own; so many import torch in a minute
 
 
 @dataclass(frozen=True)
@@ -64,29 +65,38 @@ class Deployed:
     num_params: int
     patience_s: float  # with a whole run
 
-    def run(self, coordinator: str, site: str) -> None:
+    def run(self, coordinator: str, site: str, num_started: int = MOST_STARTED) -> None:
         """Run the study with these modules in the place of ``fl-server`` and ``fl-client``.
+
+        Args:
+          coordinator: Its module.
+          site: The module of the first ``num_started`` sites.
+          num_started: The others are forks of one process.
 
         Raises:
           RuntimeError: The coordinator failed, or was too slow.
         """
         program = self._started(
             coordinator,
+            self.num_params,
             self.notes_of("coordinator"),
             *("--study", self.made.study),
             *("--config", self.made.folder / "coordinator.toml"),
             *("--run-dir", self.made.run_dir),
         )
-        for name in self.made.names:
-            self._started(site, self.notes_of(name), "--site-config", self.made.site(name))
+        for name in self.made.names[:num_started]:
+            told = ("--site-config", self.made.site(name))
+            self._started(site, self.num_params, self.notes_of(name), *told)
+        if others := self.made.names[num_started:]:
+            self._started("our_rounds.forked", self.num_params, self.made.folder, *others)
         self._wait_for_end(program)
 
     def notes_of(self, name: str) -> Path:
         """Where a program writes what is measured in it."""
         return self.made.folder / f"{name}.jsonl"
 
-    def _started(self, module: str, notes: Path, *arguments: object) -> Program:
-        command = [sys.executable, "-m", module, notes, self.num_params, *arguments]
+    def _started(self, module: str, *arguments: object) -> Program:
+        command = [sys.executable, "-m", module, *arguments]
         home = {"FLWR_HOME": str(self.made.folder / "flwr")}
         # What is measured is the program that these files belong to.
         path = {"PYTHONPATH": f"{BENCH}{os.pathsep}{BENCH.parent}"}
@@ -133,7 +143,7 @@ def seconds_of_keys(noted: list[Event]) -> float:
 
 
 if __name__ == "__main__":
-    run = our_rounds(int(sys.argv[1]), int(sys.argv[2]), num_sites=3)
+    run = our_rounds(*map(int, sys.argv[1:]))
     print(f"keys: {run.keys_s:.3f} s")
     for one_round in run.rounds:
         print(json.dumps({"round": sum(one_round.values()), **one_round}, indent=1))

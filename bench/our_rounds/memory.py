@@ -3,7 +3,8 @@
 ``python -m our_rounds.memory NUM_PARAMS NUM_SITES`` in ``bench/`` prints it. Counted is the peak of
 a process beyond that of the same process of a small deployment, whose models have 1,000 parameters:
 Python, torch, images and everything that is imported are in both. Sites train one step with the
-study's optimizer, AdamW; what is made up is the gradient.
+study's optimizer, AdamW; what is made up is the gradient. In a deployment of many sites only some
+are such programs: the others are forks of one, which do not train.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from our_rounds.deployment import deployed
 from our_rounds.peaks import IDLE, read_peaks
 
 NUM_ROUNDS = 2
+WHOLE_SITES = 3  # that train and are measured; there is no memory for more of 45M parameters
 ONE_STEP = {"training.local_epochs": 1, "training.batch_size": 1024}  # more take no more
 SMALL_PARAMS, SMALL_SITES = 1_000, 3
 COORDINATOR, SUPERLINK, SITE = "fl-server", "SuperLink", "fl-client"
@@ -43,9 +45,10 @@ class Taken:
 def memory_of_run(num_params: int, num_sites: int) -> dict[str, Taken]:
     """Peaks of fl-server, its SuperLink, and the fl-client that took the most."""
     with deployed(num_params, NUM_ROUNDS, num_sites, **ONE_STEP) as one:
-        one.run("our_rounds.memory_coordinator", "our_rounds.memory_site")
+        one.run("our_rounds.memory_coordinator", "our_rounds.memory_site", WHOLE_SITES)
         noted = read_peaks(one.notes_of("coordinator"))
-        sites = [Taken.of(read_peaks(one.notes_of(name))[name]) for name in one.made.names]
+        whole = one.made.names[:WHOLE_SITES]
+        sites = [Taken.of(read_peaks(one.notes_of(name))[name]) for name in whole]
     here = {name: Taken.of(peaks) for name, peaks in noted.items()}
     return here | {SITE: max(sites, key=lambda site: site.peak)}
 

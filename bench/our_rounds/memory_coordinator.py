@@ -1,6 +1,6 @@
 """``fl-server`` whose memory is noted, its SuperLink's too, and whose model is made up.
 
-``python -m our_rounds.memory_coordinator PEAKS NUM_PARAMS`` and then the arguments of
+``python -m our_rounds.memory_coordinator NUM_PARAMS PEAKS`` and then the arguments of
 ``fl-server``.
 """
 
@@ -56,7 +56,7 @@ def watch_from_idle(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    peaks, params, *arguments = sys.argv[1:]
+    params, peaks, *arguments = sys.argv[1:]
     pretend(int(params))
     watch_from_idle(Path(peaks))
     sys.argv = ["fl-server", *arguments]

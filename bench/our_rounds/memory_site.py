@@ -1,6 +1,6 @@
 """``fl-client`` whose memory is noted and whose model is made up; its optimizer is the study's.
 
-``python -m our_rounds.memory_site PEAKS NUM_PARAMS`` and then the arguments of ``fl-client``.
+``python -m our_rounds.memory_site NUM_PARAMS PEAKS`` and then the arguments of ``fl-client``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def watch_from_idle(path: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    peaks, params, *arguments = sys.argv[1:]
+    params, peaks, *arguments = sys.argv[1:]
     pretend(int(params))
     watch_from_idle(Path(peaks), Path(peaks).stem)
     sys.argv = ["fl-client", *arguments]

@@ -1,6 +1,6 @@
 """``fl-client`` whose steps are timed and whose training is made up.
 
-``python -m our_rounds.site NOTES NUM_PARAMS`` and then the arguments of ``fl-client``.
+``python -m our_rounds.site NUM_PARAMS NOTES`` and then the arguments of ``fl-client``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def no_images(*_: Any, **__: Any) -> NoImages:
 
 
 if __name__ == "__main__":
-    notes, params, *arguments = sys.argv[1:]
+    params, notes, *arguments = sys.argv[1:]
     pretend(int(params))
     pretend_training(int(params), number_of(Path(notes)))
     watch(Notebook(Path(notes)))
