@@ -88,8 +88,9 @@ def _sums(study: Study) -> Iterator[str]:
             f"{most_colluders(num, study.cohort.min_sites)} sites collude with the coordinator"
         )
     yield (
-        f"deadlines: the coordinator waits up to {study.deadlines.answer_s:g} s for an answer; "
-        "a sum goes on without a site that is later"
+        f"deadlines: the coordinator waits up to {study.deadlines.upload_s:g} s for an update, "
+        f"{study.deadlines.keys_s:g} s for keys and {study.deadlines.unmask_s:g} s for help to "
+        "unmask; a sum goes on without a site that is later"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Context
@@ -39,33 +39,24 @@ log = logging.getLogger("consilium.coordinator")
 app = ServerApp()
 
 
-Returned = Callable[[], set[int]]  # nodes that connected anew since it was asked last
-
-
-def nobody() -> set[int]:
-    """A simulated node never connects anew."""
-    return set()
-
-
 class FlowerNetwork:
     """Sites behind Flower's grid."""
 
-    def __init__(self, grid: Grid, nodes: Mapping[str, int], deadline_s: float) -> None:
+    def __init__(self, grid: Grid, nodes: Mapping[str, int]) -> None:
         self._grid = grid
         self._nodes = dict(nodes)
-        self._deadline_s = deadline_s
 
     def sites(self) -> Sequence[str]:
         """Every site that introduced itself."""
         return list(self._nodes)
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
-        """Ask sites; replies are yielded as they arrive, until the study's deadline."""
+        """Ask sites; replies are yielded as they arrive, until the deadline."""
         names = {self._nodes[site]: site for site in messages if site in self._nodes}
         by_node = {node: messages[site] for node, site in names.items()}
-        for node, reply in exchange(self._grid, by_node, self._deadline_s, enough):
+        for node, reply in exchange(self._grid, by_node, deadline_s, enough):
             yield names[node], reply
 
 
@@ -74,16 +65,10 @@ def exchange(
     messages: Mapping[int, Message],
     deadline_s: float,
     enough: Enough = never,
-    returned: Returned = nobody,
-    *,
-    is_simulated: bool = True,
 ) -> Iterator[tuple[int, Message]]:
-    """One message to each of several nodes; (node id, reply) as replies arrive.
+    """One message to each of several simulated nodes; (node id, reply) as replies arrive.
 
-    A node that is silent or gone is left out. One that connected anew is asked again: its process
-    may have died with the message. Sites answer a message twice with the same bytes, and the second
-    answer is dropped here. An error that comes from a site is what the engine reports where it is
-    simulated, and a refusal where it is real: no site answers so, and its word ends no run.
+    A node that is silent or gone is left out.
 
     Raises:
       RoundAborted: A worker of the simulation engine died.
@@ -92,16 +77,11 @@ def exchange(
     waiting = _push(grid, messages, end)
     while waiting and time.monotonic() < end:
         arrived = 0
-        if again := returned() & set(waiting.values()):
-            waiting |= _push(grid, {node: messages[node] for node in again}, end)
         for reply in _pulled(grid, list(waiting)):
             arrived += 1
             node = waiting.pop(reply.metadata.reply_to_message_id, None)
-            if node is None or (reply.has_error() and node in waiting.values()):
-                continue  # nobody waits for it, or the node was asked again since
-            waiting = {key: other for key, other in waiting.items() if other != node}
-            message = _read(node, reply, is_simulated=is_simulated)
-            if message is not None:
+            message = None if node is None else _read(node, reply)
+            if node is not None and message is not None:
                 yield node, message
         if not arrived and enough():
             return
@@ -127,7 +107,7 @@ def _pulled(grid: Grid, ids: Sequence[str]) -> Iterator[FlowerMessage]:
         yield from grid.pull_messages(few)
 
 
-def _read(node: int, reply: FlowerMessage, *, is_simulated: bool) -> Message | None:
+def _read(node: int, reply: FlowerMessage) -> Message | None:
     """A node's reply; one that cannot be read counts as a refusal, and the others go on."""
     try:
         if not reply.has_error():
@@ -135,12 +115,9 @@ def _read(node: int, reply: FlowerMessage, *, is_simulated: bool) -> Message | N
     except RemoteProtocolError as error:
         log.error("node %d: %s", node, error)  # noqa: TRY400 - a sentence, not a traceback
         return Refusal(run="", reason=Reason.PROTOCOL)
-    if is_simulated and reply.error.code == ACTOR_DIED:
+    if reply.error.code == ACTOR_DIED:
         raise RoundAborted(f"a simulation worker died: {reply.error.reason}")
-    if is_simulated or reply.metadata.src_node_id != node:
-        return None  # the engine says that the node is gone
-    log.error("node %d: its answer is no message", node)
-    return Refusal(run="", reason=Reason.PROTOCOL)
+    return None  # the engine says that the node is gone
 
 
 @app.main()
@@ -158,7 +135,7 @@ def main(grid: Grid, context: Context) -> None:
     record = RunDir.open(folder, study, simulation, resume=resume)
     issue_identities(folder, study.site_names)
     credentials = coordinator_credentials(folder, study.site_names)
-    network = _introduce(grid, nodes, study.site_names, study.deadlines.answer_s)
+    network = _introduce(grid, nodes, study.site_names)
     with ConsoleObserver() as observer:
         summary = run(study, network, record, observer, credentials)
     print_summary(summary, folder)
@@ -177,9 +154,7 @@ def _settled_nodes(grid: Grid) -> list[int]:
     return nodes
 
 
-def _introduce(
-    grid: Grid, nodes: Sequence[int], names: Sequence[str], deadline_s: float
-) -> Network:
+def _introduce(grid: Grid, nodes: Sequence[int], names: Sequence[str]) -> Network:
     """Learn which node is which site."""
     sites: dict[str, int] = {}
     for node, reply in exchange(grid, dict.fromkeys(nodes, Greeting()), START_S):
@@ -188,7 +163,7 @@ def _introduce(
         sites[names[reply.index]] = node
     if missing := sorted(set(names) - set(sites)):
         raise RoundAborted(f"{', '.join(missing)} did not introduce themselves; see the log above")
-    return FlowerNetwork(grid, sites, deadline_s)
+    return FlowerNetwork(grid, sites)
 
 
 class _OneLine(logging.Filter):

@@ -20,7 +20,6 @@ from server.secure_sum import Total, Void
 
 DAY_S = 86_400
 CLOCKS_DIFFER_S = 300
-EXCHANGES = 3  # of one sum, at most
 RETRY_SUMS = 5  # a site that did not take part in an epoch is invited again after so many sums
 NEVER = -1
 FINAL = (Reason.POLICY, Reason.VERSION)  # a site that says so will say so again
@@ -44,6 +43,7 @@ class Cohort:
         self._heads = heads
         self._excluded = run_dir.excluded()
         self._absent: dict[str, int] = {}  # sums until a site is invited again, or NEVER
+        self._awaited: set[str] = set()  # members that may be away now, and are expected back
 
     def resume(self) -> Epoch:
         """The epoch that a run goes on with: the first, the last one agreed on, or a new one.
@@ -73,9 +73,11 @@ class Cohort:
         )
         self._note(epoch, last, revoked)
         manifest = epoch.manifest
-        ended = int(self._exchange.now().timestamp()) > manifest.valid_until - EXCHANGES * (
-            self._study.deadlines.answer_s
-        )
+        # Who missed no deadline is not left out for a link that is down at this moment.
+        self._awaited = set(manifest.names) - set(last.refusals)
+        deadlines = self._study.deadlines
+        needed_s = deadlines.upload_s + 2 * deadlines.unmask_s
+        ended = int(self._exchange.now().timestamp()) > manifest.valid_until - needed_s
         certified = all(self._is_certified(one, revoked) for one in epoch.roster.certificates)
         if not ended and certified and self._present() == list(manifest.names):
             return epoch
@@ -108,9 +110,10 @@ class Cohort:
         return True
 
     def _present(self) -> list[str]:
-        """Approved members that can be asked and have not left, in the study's order."""
-        reachable = set(self._exchange.network.sites()) - set(self._excluded) - set(self._absent)
-        return [name for name in self._exchange.credentials.trust.members if name in reachable]
+        """Approved members that can be asked, or will be, in the study's order."""
+        expected = set(self._exchange.network.sites()) | self._awaited
+        expected -= set(self._excluded) | set(self._absent)
+        return [name for name in self._exchange.credentials.trust.members if name in expected]
 
     def _open(self, number: int, run: str) -> Epoch:
         """Exchange keys with those who are present; whoever does not answer is left out."""
@@ -147,5 +150,6 @@ class Cohort:
 
     def _lifetime_s(self) -> int:
         """Long enough for every sum of the study to take as long as it may."""
-        study = self._study
-        return DAY_S + int(2 * study.num_rounds * EXCHANGES * study.deadlines.answer_s)
+        deadlines = self._study.deadlines
+        sum_s = deadlines.upload_s + 2 * deadlines.unmask_s  # uploads, votes, shares
+        return DAY_S + int(2 * (deadlines.keys_s + self._study.num_rounds * sum_s))

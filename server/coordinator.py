@@ -96,7 +96,8 @@ class Coordinator:
         self.observer = observer
         self.network = ObservedNetwork(network, run_dir.path)
         self.audit = AuditLog(run_dir.path / AUDIT, utc_now)
-        self.exchange = Exchange(self.network, credentials, Evidence(run_dir.path), self.audit)
+        evidence = Evidence(run_dir.path)
+        self.exchange = Exchange(self.network, credentials, evidence, self.audit, study.deadlines)
         self.task: Task = task_of(study)
         self.first: FlatNetwork = build_network(study)
         self.schema: Schema = self.first.schema

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from common.errors import ConfigError
+from common.errors import ConfigError, RoundAborted
 from common.identity import Identity, read_certificate
 from common.manifest import code_digest, smallest_epoch
 from common.messages import Greeting, Introduction, Message, Refusal
@@ -18,20 +19,21 @@ from common.models.build import build_network
 from common.roster import CoordinatorCredentials, Trust
 from common.study import Study
 from common.tasks import task_of
-from server.app import exchange
 from server.config import CoordinatorConfig
 from server.coordinator import Summary, run
 from server.heads import Heads
 from server.network import Enough, never
 from server.progress import ConsoleObserver, Readiness
 from server.run_dir import SUPERLINK, RunDir
-from server.superlink.grid import Connected, CoordinatorGrid
+from server.superlink.asking import Asking
+from server.superlink.grid import CoordinatorGrid, SuperLinkDied
 from server.superlink.launcher import Listening, SuperLink, new_secret
 
 ASK_S, LONGEST_S = 5.0, 60.0  # a site that is not ready yet is asked again after so long
 POLL_S = 0.2
-RETURN_S = 5.0  # for a site that was connected when it was looked last
-WATCH_S = 2.0  # between two looks at who connected anew
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.1  # between two questions for answers
+FIRST_REVIVAL_S, LONGEST_REVIVAL_S = 1.0, 30.0  # between two attempts to start the SuperLink
+REVIVE_S = 600.0  # for such attempts, where no deadline runs
 AROUND_BYTES, MEMBER_BYTES = 128 << 10, 64_000  # of an upload: statement and heads; shares
 ANSWER_S = 30.0  # for saying whether it takes part
 
@@ -39,70 +41,77 @@ log = logging.getLogger("consilium.coordinator")
 
 
 class DeployedNetwork:
-    """Sites behind Flower's SuperLink, by the names in their certificates."""
+    """Sites behind Flower's SuperLink, by the names in their certificates.
 
-    def __init__(self, grid: CoordinatorGrid, deadline_s: float) -> None:
+    Args:
+      grid: Reaches them.
+      revive: Starts a SuperLink that died again, and reaches the sites through it.
+    """
+
+    def __init__(self, grid: CoordinatorGrid, revive: Callable[[], CoordinatorGrid]) -> None:
         self._grid = grid
-        self._deadline_s = deadline_s
-        self._there: set[str] = set()  # when it was looked last
+        self._revive = revive
 
     def sites(self) -> Sequence[str]:
         """Every site that is connected now."""
-        return list(self._connected())
-
-    def _connected(self) -> dict[str, Connected]:
-        """Who is connected; a site that was here a moment ago gets a moment to come back.
-
-        A site connects anew when its certificate is renewed, its program restarted, or a link
-        flickers: that must not make it a dropout, or open a new epoch without it.
-        """
-        end = time.monotonic() + RETURN_S
         while True:
-            now = self._grid.connected()
-            if self._there <= now.keys() or time.monotonic() > end:
-                self._there = set(now)
-                return now
-            time.sleep(POLL_S)
+            try:
+                return list(self._grid.connected())
+            except SuperLinkDied as died:
+                self._start_again(died, REVIVE_S)
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
-    ) -> Iterator[tuple[str, Message]]:
-        """Ask sites; replies are yielded as they arrive, until the study's deadline."""
-        yield from self.ask_within(messages, self._deadline_s, enough)
-
-    def ask_within(
         self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
-        """The same with another deadline; a site that is not connected is left out."""
-        there = {site: one for site, one in self._connected().items() if site in messages}
-        names = {one.node_id: site for site, one in there.items()}
-        by_node = {node: messages[site] for node, site in names.items()}
-        if by_node:
-            watch = Watch(self._grid, {one.node_id: one.since for one in there.values()})
-            replies = exchange(
-                self._grid, by_node, deadline_s, enough, watch.returned, is_simulated=False
-            )
-            for node, reply in replies:
-                yield names[node], reply
+        """Ask sites until the deadline; replies are yielded as they arrive.
 
+        A site that is away is asked when it is back, and all are asked again when the SuperLink
+        died: the deadline alone decides who is left out.
 
-class Watch:
-    """Notices sites that connect anew while they are asked."""
+        Raises:
+          RoundAborted: The SuperLink cannot be started again.
+        """
+        asking = Asking(messages, deadline_s)
+        pause = FIRST_PAUSE_S
+        while not asking.is_over():
+            num_arrived = 0
+            try:
+                asking.look(self._grid)
+                for answered in asking.answers(self._grid):
+                    num_arrived += 1
+                    yield answered
+                    del answered
+            except SuperLinkDied as died:
+                self._start_again(died, asking.left_s())
+                asking.lost()
+            if not num_arrived and enough():
+                return
+            pause = FIRST_PAUSE_S if num_arrived else min(LONGEST_PAUSE_S, pause * 1.5)
+            if not num_arrived:
+                time.sleep(pause)
+        with contextlib.suppress(SuperLinkDied):  # the next question finds that out
+            asking.give_up(self._grid)
 
-    def __init__(self, grid: CoordinatorGrid, since: Mapping[int, str]) -> None:
-        self._grid = grid
-        self._since = dict(since)
-        self._next = time.monotonic() + WATCH_S
+    def finish(self) -> None:
+        """End Flower's run, so that sites stop waiting for it."""
+        self._grid.finish()
 
-    def returned(self) -> set[int]:
-        """Nodes whose connection is another one than when this was called last."""
-        if time.monotonic() < self._next:
-            return set()
-        self._next = time.monotonic() + WATCH_S
-        now = {one.node_id: one.since for one in self._grid.connected().values()}
-        back = {node for node, since in self._since.items() if now.get(node, since) != since}
-        self._since |= {node: now[node] for node in back}
-        return back
+    def _start_again(self, died: SuperLinkDied, patience_s: float) -> None:
+        """A new SuperLink in the place of one that died; the sites connect to it by themselves."""
+        log.warning("Flower's SuperLink died; it is started again, and the sites asked again")
+        self._grid.abandon()
+        end, pause = time.monotonic() + patience_s, FIRST_REVIVAL_S
+        while True:
+            try:
+                self._grid = self._revive()
+            except (ConfigError, SuperLinkDied) as error:
+                if time.monotonic() + pause > end:
+                    raise RoundAborted(f"{died}; it could not be started again: {error}") from None
+                log.error("%s; trying again in %.0f s", error, pause)  # noqa: TRY400
+            else:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_REVIVAL_S)
 
 
 def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume: bool) -> Summary:
@@ -132,14 +141,13 @@ def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume:
     )
     with SuperLink.start(told, service / "superlink.log") as superlink, ConsoleObserver() as shown:
         log.info("listening on %s port %d", config.host, superlink.public_port)
-        grid = superlink.open_grid()
+        network = DeployedNetwork(superlink.open_grid(), superlink.revived)
         try:
-            network = DeployedNetwork(grid, study.deadlines.answer_s)
             wait_for_members(study, network, config.wait_s, shown.waiting(study))
             heads = Heads(config.state_dir)
             summary = run(study, network, record, shown, credentials, heads)
         finally:
-            grid.finish()
+            network.finish()
     shutil.rmtree(service)
     return summary
 
@@ -201,7 +209,7 @@ def wait_for_members(
             for name in due:  # every question is a line in the site's audit log: not too many
                 pauses[name] = min(LONGEST_S, 2 * pauses.get(name, ASK_S / 2))
                 asked[name] = now + pauses[name]
-            for name, reply in network.ask_within(dict.fromkeys(due, greeting), ANSWER_S):
+            for name, reply in network.ask(dict.fromkeys(due, greeting), ANSWER_S):
                 states[name] = _state(reply)
         shown.show(states)
         num_ready = list(states.values()).count("ready")

@@ -93,7 +93,8 @@ def exchange_keys(exchange: Exchange, manifest: Manifest) -> tuple[Epoch | None,
             raise RemoteProtocolError("a site sent the fresh key of another one", rule="R3")
         keys[index] = reply
 
-    missing = exchange.ask_all(manifest.names, dict.fromkeys(manifest.names, invitation), keep)
+    invitations = dict.fromkeys(manifest.names, invitation)
+    missing = exchange.ask_all(manifest.names, invitations, keep, exchange.deadlines.keys_s)
     if missing:
         return None, missing
     ordered = [keys[site] for site in range(len(manifest.members))]
@@ -120,7 +121,8 @@ def _agreed(exchange: Exchange, epoch: Epoch) -> tuple[Epoch | None, dict[str, s
         _check_agreement(reply, epoch)
         agreements[index] = reply
 
-    missing = exchange.ask_all(names, dict.fromkeys(names, epoch.roster), keep)
+    rosters = dict.fromkeys(names, epoch.roster)
+    missing = exchange.ask_all(names, rosters, keep, exchange.deadlines.keys_s)
     if missing:
         return None, missing
     ordered = tuple(agreements[site] for site in range(len(names)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from common.audit import MAX_VALUE_CHARS, AuditLog
@@ -13,6 +13,7 @@ from common.evidence import Evidence
 from common.facts import facts_of
 from common.messages import Message, Reason, Refusal
 from common.roster import CoordinatorCredentials
+from common.study import Deadlines
 from server.network import Enough, Network, never
 
 SILENT = "silent"
@@ -33,6 +34,7 @@ class Exchange:
     credentials: CoordinatorCredentials
     evidence: Evidence
     audit: AuditLog
+    deadlines: Deadlines = field(default_factory=Deadlines)
     now: Callable[[], datetime] = utc_now
 
     def ask_all(
@@ -40,6 +42,7 @@ class Exchange:
         names: Sequence[str],
         messages: Mapping[str, Message],
         keep: Keep,
+        deadline_s: float,
         enough: Enough = never,
     ) -> dict[str, str]:
         """Ask sites; hand each answer to ``keep``.
@@ -48,6 +51,7 @@ class Exchange:
           names: The epoch's members in order.
           messages: By name; some of the members.
           keep: Checks an answer and keeps what is needed of it.
+          deadline_s: Of this phase, as the study says.
           enough: See ``Network.ask``.
 
         Returns:
@@ -57,7 +61,7 @@ class Exchange:
         answered = set()
         for site, message in messages.items():
             self.audit.append("sent", peer=site, **facts_of(message))
-        for site, reply in self.network.ask(messages, enough):
+        for site, reply in self.network.ask(messages, deadline_s, enough):
             self.audit.append("received", peer=site, **facts_of(reply))
             if isinstance(reply, Refusal):
                 missing[site] = reply.reason.value
@@ -76,4 +80,5 @@ class Exchange:
                 missing[site] = Reason.PROTOCOL.value
             else:
                 missing.pop(site, None)
+            del reply  # a body: the next one comes in its place
         return missing

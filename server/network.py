@@ -24,11 +24,11 @@ class Network(Protocol):
         ...
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         """Send each site its message; yield (site, reply) as replies arrive.
 
-        A site that is silent until the deadline is missing from what is yielded. Once ``enough``
+        A site that is silent for ``deadline_s`` is missing from what is yielded. Once ``enough``
         says so, nobody is waited for; what has arrived is still yielded.
         """
         ...
@@ -47,7 +47,8 @@ class LoopbackNetwork:
     def ask(
         self,
         messages: Mapping[str, Message],
-        enough: Enough = never,  # noqa: ARG002 - nobody is waited for here
+        deadline_s: float,  # noqa: ARG002 - nobody is waited for here
+        enough: Enough = never,  # noqa: ARG002
     ) -> Iterator[tuple[str, Message]]:
         """Ask one site after the other."""
         for site, message in messages.items():

@@ -39,14 +39,15 @@ class ObservedNetwork:
         return self._network.sites()
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         """Ask, and note what was sent and what came."""
         lines = [self._line("sent", site, message) for site, message in messages.items()]
         try:
-            for site, reply in self._network.ask(messages, enough):
+            for site, reply in self._network.ask(messages, deadline_s, enough):
                 lines.append(self._line("received", site, reply))
                 yield site, reply
+                del reply  # a body: the next one comes in its place
         finally:
             with self._path.open("a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from common.errors import RemoteProtocolError, RoundAborted
@@ -25,7 +27,7 @@ from server.collected import Collected
 from server.epoch import Epoch
 from server.exchange import Exchange
 
-MAX_ASKS = 5  # times that silent survivors are asked again, each up to the study's deadline
+MAX_ASKS = 5  # times that survivors are asked, within the study's deadline
 MAX_SUBSETS = 2000  # of shares that are tried where a site shared wrongly and committed to it
 SHARED_WRONGLY = "shared a secret wrongly"
 
@@ -117,9 +119,9 @@ def _ask_for_shares(exchange: Exchange, epoch: Epoch, collected: Collected) -> A
             error = RemoteProtocolError(f"complains of the shares of {named}", rule="R13")
             exchange.evidence.keep(reply, error, now=exchange.now(), by=names[site])
 
-    for _ in range(MAX_ASKS):
+    for left_s in _asks(exchange.deadlines.unmask_s):
         waiting = {names[k]: request(k) for k in survivors if k not in answers.answered}
-        exchange.ask_all(names, waiting, keep, lambda: answers.is_enough(threshold))
+        exchange.ask_all(names, waiting, keep, left_s, lambda: answers.is_enough(threshold))
         if answers.is_enough(threshold):
             return answers
     fewest = min(len(shares) for shares in answers.good.values())
@@ -148,9 +150,9 @@ def _ask_for_votes(
         check_signed(reply, epoch.members[site].key, sender=names[site], rule="R12")
         votes[site] = reply.signature
 
-    for _ in range(MAX_ASKS):
+    for left_s in _asks(exchange.deadlines.unmask_s):
         waiting = {names[k]: message for k in survivors if k not in votes}
-        exchange.ask_all(names, waiting, keep, lambda: len(votes) >= threshold)
+        exchange.ask_all(names, waiting, keep, left_s, lambda: len(votes) >= threshold)
         if len(votes) >= threshold:
             return dict(sorted(votes.items()))
     silent = ", ".join(names[site] for site in survivors if site not in votes)
@@ -158,6 +160,16 @@ def _ask_for_votes(
         f"sum {number}: {len(votes)} sites voted, {threshold} are needed; bring {silent} back "
         "and resume: the same request is repeated"
     )
+
+
+def _asks(deadline_s: float) -> Iterator[float]:
+    """The seconds that are left, each time that silent survivors are asked."""
+    end = time.monotonic() + deadline_s
+    for _ in range(MAX_ASKS):
+        left_s = end - time.monotonic()
+        if left_s <= 0:
+            return
+        yield left_s
 
 
 def _is_about(

@@ -205,8 +205,8 @@ def test_an_answer_that_is_delivered_twice_counts_once(folder: Path) -> None:
     network.faults = silent_when(
         lambda site, message: site == "site-4" and isinstance(message, RoundTask)
     )
-    network.ask = lambda messages, enough=never: (
-        answer for answer in ask(messages, enough) for _ in range(2)
+    network.ask = lambda messages, deadline_s, enough=never: (
+        answer for answer in ask(messages, deadline_s, enough) for _ in range(2)
     )
     federation.check(federation.sum(federation.next_task()), federation.names[:3])
 

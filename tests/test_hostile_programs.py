@@ -23,7 +23,7 @@ from common.config import load
 from common.disk import replace_file
 from common.messages import Greeting, Introduction, Reason, Refusal
 from common.study import Study
-from server.app import exchange
+from server.deployed import DeployedNetwork
 from server.superlink import launcher as flower
 from server.superlink.grid import CoordinatorGrid
 from server.superlink.launcher import SuperLink
@@ -74,7 +74,9 @@ def test_code_that_a_coordinator_sends_is_never_executed(
             assert not reply.has_error()
             assert wire.unpack(reply.content) == Refusal(run="", reason=Reason.PROTOCOL)
         greeting = Greeting(json.dumps(load(made.study, Study).as_table()))
-        ((_, answered),) = exchange(grid, {node: greeting}, ANSWER_S, is_simulated=False)
+        ((_, answered),) = DeployedNetwork(grid, superlink.revived).ask(
+            {"site-1": greeting}, ANSWER_S
+        )
         assert answered == Introduction(0)  # the installed code goes on answering
         assert site.poll() is None
         grid.finish()

@@ -407,9 +407,9 @@ class Twice(FaultyNetwork):
     """Every answer arrives two times."""
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
-        for answered in super().ask(messages, enough):
+        for answered in super().ask(messages, deadline_s, enough):
             yield from (answered, answered)
 
 

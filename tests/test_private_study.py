@@ -57,8 +57,8 @@ def test_an_answered_sum_is_never_trained_or_charged_again(tmp_path: Path) -> No
     same = []
 
     class Stuttering(LoopbackNetwork):
-        def ask(self, messages, enough=never):
-            for site, reply in super().ask(messages, enough):
+        def ask(self, messages, deadline_s, enough=never):
+            for site, reply in super().ask(messages, deadline_s, enough):
                 if isinstance(reply, Upload):
                     again = answers[site](messages[site])
                     same.append(np.array_equal(again.body, reply.body))
@@ -112,10 +112,10 @@ def test_a_void_sum_is_paid_for_so_the_run_ends_a_round_earlier(tmp_path: Path) 
     sites = open_sites(study, tmp_path / "sites")
 
     class Silent(LoopbackNetwork):
-        def ask(self, messages, enough=never):
+        def ask(self, messages, deadline_s, enough=never):
             first = messages["site-1"]
             is_silent = isinstance(first, RoundTask) and first.sum_number == 1
-            yield from super().ask({"site-1": first} if is_silent else messages, enough)
+            yield from super().ask({"site-1": first} if is_silent else messages, deadline_s, enough)
 
     network = Silent(answers_of(sites))
     summary = federate(study, tmp_path / "run", network=network, sites_in=tmp_path / "sites")
@@ -136,8 +136,8 @@ def test_a_site_refuses_more_sums_than_the_studys_epsilon_pays_for(tmp_path: Pat
     class Greedy(LoopbackNetwork):
         """Asks for training again and again under new sum numbers."""
 
-        def ask(self, messages, enough=never):
-            yield from super().ask(messages, enough)
+        def ask(self, messages, deadline_s, enough=never):
+            yield from super().ask(messages, deadline_s, enough)
             task = messages["site-1"]
             if isinstance(task, RoundTask) and task.sum_number == 2:
                 for number in (3, 4):

@@ -14,7 +14,7 @@ from common.study.model import (
     Unet,
 )
 from common.study.privacy import DifferentialPrivacy, NoPrivacy, Privacy
-from common.study.study import MIN_SITES, Member, Name, Study
+from common.study.study import MIN_SITES, Deadlines, Member, Name, Study
 from common.study.task import Classification, Segmentation
 from common.study.training import (
     Augmentation,
@@ -36,6 +36,7 @@ __all__ = [
     "Classification",
     "Cnn",
     "Count",
+    "Deadlines",
     "DenseNet121",
     "DifferentialPrivacy",
     "EfficientNetB0",

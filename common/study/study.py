@@ -38,9 +38,15 @@ class Cohort(Frozen):
 
 
 class Deadlines(Frozen):
-    """How long the coordinator waits, in seconds."""
+    """How long the coordinator waits in each phase, in seconds.
 
-    answer_s: Positive = 3600.0
+    Until then a site that cannot be reached is asked again as soon as it is back; after it, the
+    others go on without it.
+    """
+
+    keys_s: Positive = 3600.0  # for fresh keys, and then for what sites agree on
+    upload_s: Positive = 3600.0  # for training and the masked update
+    unmask_s: Positive = 3600.0  # for votes, and then for shares
 
 
 class Member(Frozen):

@@ -8,9 +8,10 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Self
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.app.message import make_message
 from flwr.app.metadata import Metadata
+from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -24,6 +25,10 @@ Fetch = Callable[[str], bytes | None]
 
 class Unusable(Exception):  # noqa: N818 - what a site did, not a defect
     """There is no answer in what a site sends; the text has no word of the site's."""
+
+
+class Stalled(Exception):  # noqa: N818 - maybe nobody's fault
+    """It does not come whole; the same question may bring it another time."""
 
 
 @dataclass
@@ -69,7 +74,8 @@ class Arrival:
         """Fetch what has come by now; the message, once it is whole.
 
         Raises:
-          Unusable: It does not come whole, or is no message.
+          Stalled: It does not come whole.
+          Unusable: It is no message.
         """
         while missing := [each for each in self.objects if each not in self.came]:
             # They are pushed about in order: it is enough to ask for the one that was not there.
@@ -86,7 +92,7 @@ class Arrival:
         if len(self.came) > self.most:
             self.most, self.moved = len(self.came), time.monotonic()
         if self.idle_s() > STALLED_S or time.monotonic() > self.ends:
-            raise Unusable(f"{len(missing)} of {len(self.objects)} objects never came")
+            raise Stalled(f"{len(missing)} of {len(self.objects)} objects never came")
         return None
 
     def _put_together(self, max_bytes: int) -> Message:
@@ -100,6 +106,6 @@ class Arrival:
             raise Unusable(f"its arrays would have {num_bytes} bytes, {max_bytes} at most can be")
         if not isinstance(message, Message):
             raise Unusable("it is no message")
-        if message.has_error():
-            return make_message(self.metadata, error=message.error)
+        if message.has_error():  # no site answers so, and the code of its error means nothing
+            return make_message(self.metadata, error=Error(ErrorCode.UNKNOWN))
         return make_message(self.metadata, content=message.content)

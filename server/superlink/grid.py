@@ -36,17 +36,22 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from common.errors import RoundAborted
-from server.superlink.arrival import Arrival, Unusable
+from server.superlink.arrival import Arrival, Stalled, Unusable
 
 HEARTBEAT_S = 20.0  # the coordinator's token lives 60 s without one
-RETRY_S = 10  # the SuperLink is on this machine: silent for so long, it is dead
+RETRY_S = 2  # the SuperLink is on this machine: silent for so long, it is dead
 TIMEOUT_S = 30.0  # of one operation on a socket
 MAX_BODIES = 4  # answers that are in memory together
 TURN_S = 1.0  # without progress, where others wait for a place
 PULLS = 8  # objects of one answer, together
+CAME_TO_NOTHING = ErrorCode.MESSAGE_UNAVAILABLE
 
 Client = TypeVar("Client", bound=ProtobufClient)
 log = logging.getLogger("consilium.superlink")
+
+
+class SuperLinkDied(RoundAborted):
+    """Flower's SuperLink does not answer any more; it can be started again."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,10 @@ class CoordinatorGrid(HttpGrid):
         """See ``HttpGrid``.
 
         Raises:
-          RoundAborted: The SuperLink died.
+          SuperLinkDied: It is gone, and every message with it.
         """
         messages = list(messages)
-        with _is_alive():
+        with is_alive():
             self._forget_what_ended()
             ids = list(super().push_messages(messages))
         now = time.monotonic()
@@ -109,23 +114,49 @@ class CoordinatorGrid(HttpGrid):
         """The sites that are connected, by name.
 
         Raises:
-          RoundAborted: The SuperLink died.
+          SuperLinkDied: It is gone, and every message with it.
         """
-        with _is_alive():
+        with is_alive():
             nodes = self.get_nodes()
         return {node.name: Connected(node.node_id, node.last_activated_at) for node in nodes}
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers that are whole by now; it waits for none. Others come with the next call.
 
-        An answer that cannot be used, or does not come whole, is an error message from its site.
+        Each is put together when it is asked for, so that only one needs to be in memory. One that
+        cannot be used is an error message from its site; one that does not come whole has the code
+        ``CAME_TO_NOTHING``.
 
         Raises:
-          RoundAborted: The SuperLink died.
+          SuperLinkDied: It is gone, and every message with it.
         """
-        with _is_alive():
+        with is_alive():
             self._look_for([each for each in message_ids if each not in self._arriving])
-            return list(self._whole())
+            yield from self._whole()
+
+    def idle_s(self, question: str) -> float | None:
+        """Since when nothing new came of the answer to a question; None before it is announced."""
+        arrival = self._arriving.get(question)
+        return None if arrival is None else arrival.idle_s()
+
+    def forget(self, questions: Iterable[str]) -> None:
+        """Take questions back; an answer to one is refused from now on.
+
+        Raises:
+          SuperLinkDied: It is gone, and every message with it.
+        """
+        with is_alive():
+            for question in questions:
+                self._ends.pop(question, None)
+                self._delete(question)
+                if arrival := self._arriving.pop(question, None):
+                    self._delete(arrival.message_id)
+
+    def abandon(self) -> None:
+        """Let go of a SuperLink that died."""
+        self._stopped.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self.close()
 
     def finish(self) -> None:
         """End Flower's run, so that sites stop waiting for it."""
@@ -150,16 +181,20 @@ class CoordinatorGrid(HttpGrid):
     def _whole(self) -> Iterator[Message]:
         """Go on with the first few answers, in turn: one that is slow holds up no other."""
         for question, arrival in list(self._arriving.items())[:MAX_BODIES]:
+            if question not in self._arriving:
+                continue  # it was forgotten since
             try:
                 message = arrival.advance(self._pulled, self._pool, self._max_bytes)
-            except Unusable as error:
+            except (Stalled, Unusable) as error:
                 log.error("an answer of node %d: %s", arrival.node, error)  # noqa: TRY400
-                reason = Error(ErrorCode.MESSAGE_UNAVAILABLE)
-                message = make_message(arrival.metadata, error=reason)
+                code = CAME_TO_NOTHING if isinstance(error, Stalled) else ErrorCode.UNKNOWN
+                message = make_message(arrival.metadata, error=Error(code))
             if message is not None:
                 del self._arriving[question]
                 self._delete(arrival.message_id)
+                arrival.start_again()
                 yield message
+                del message  # the next answer is put together where this one was
             elif len(self._arriving) > MAX_BODIES and arrival.idle_s() > TURN_S:
                 arrival.start_again()
                 self._arriving[question] = self._arriving.pop(question)  # behind the others
@@ -169,7 +204,7 @@ class CoordinatorGrid(HttpGrid):
         request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=object_id)
         found = self._runtime_client.PullObject(request)
         if not found.object_found:
-            raise Unusable("it was withdrawn, or was too large")
+            raise Stalled("it was withdrawn, or was too large")
         return found.object_content if found.object_available else None
 
     def _forget_what_ended(self) -> None:
@@ -214,11 +249,16 @@ class CoordinatorGrid(HttpGrid):
 
 
 @contextlib.contextmanager
-def _is_alive() -> Iterator[None]:
+def is_alive() -> Iterator[None]:
+    """A call of the SuperLink that fails means that it died.
+
+    Raises:
+      SuperLinkDied: It failed.
+    """
     try:
         yield
     except (httpx.TransportError, httpx.HTTPStatusError) as error:
-        raise RoundAborted(
+        raise SuperLinkDied(
             f"Flower's SuperLink does not answer ({type(error).__name__}): see superlink.log in "
             "the run folder; fl-server --resume goes on from the last round"
         ) from None

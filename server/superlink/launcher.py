@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -34,7 +34,7 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import ConfigError
-from server.superlink.grid import CoordinatorGrid, direct
+from server.superlink.grid import CoordinatorGrid, direct, is_alive
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -81,11 +81,10 @@ class Listening:
 class SuperLink:
     """A running SuperLink; use as a context manager."""
 
-    def __init__(
-        self, process: subprocess.Popen[str], ports: dict[str, int], told: Listening
-    ) -> None:
-        self._process = process
+    def __init__(self, told: Listening, log_file: Path) -> None:
         self._told = told
+        self._log_file = log_file
+        self._process, ports = _launched(told, log_file)
         self.public_port = ports["public"]
         self._admin = f"127.0.0.1:{ports['admin']}"
 
@@ -96,30 +95,21 @@ class SuperLink:
         Raises:
           ConfigError: It does not come up; the message ends with the last line of its log.
         """
-        with log_file.open("a") as errors:
-            process = subprocess.Popen(  # noqa: S603 - our own program, and a path
-                [sys.executable, "-m", "server.superlink.service", str(log_file)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                env={**os.environ, **ENVIRONMENT},
-                start_new_session=True,  # Ctrl-C is for the coordinator, which then stops it
-            )
-        assert process.stdin is not None  # noqa: S101 - asked for above
-        assert process.stdout is not None  # noqa: S101
-        process.stdin.write(json.dumps(asdict(told)) + "\n")
-        process.stdin.flush()
-        line = _first_line(process.stdout)
-        if not line:
-            process.kill()
-            process.communicate()  # which closes both pipes
-            last = (log_file.read_text().strip().splitlines() or ["no output"])[-1]
-            raise ConfigError(
-                f"Flower's SuperLink did not start on {told.host}:{told.port}: {last}; see "
-                f"{log_file}"
-            )
-        return cls(process, json.loads(line), told)
+        return cls(told, log_file)
+
+    def revived(self) -> CoordinatorGrid:
+        """A new process in the place of one that died, on the same port; and its grid.
+
+        Raises:
+          ConfigError: It does not come up.
+          SuperLinkDied: It dies again at once.
+        """
+        self.stop()
+        told = replace(self._told, port=self.public_port)
+        self._process, ports = _launched(told, self._log_file)
+        self._admin = f"127.0.0.1:{ports['admin']}"
+        with is_alive():
+            return self.open_grid()
 
     def __enter__(self) -> Self:
         """Use it."""
@@ -169,6 +159,33 @@ class SuperLink:
 
     def _interceptors(self) -> list[Any]:
         return [RuntimeVersionHttpInterceptor("flwr-serverapp"), _Secret(self._told.secret)]
+
+
+def _launched(told: Listening, log_file: Path) -> tuple[subprocess.Popen[str], dict[str, int]]:
+    """The process, and the ports of its listeners once both answer."""
+    with log_file.open("a") as errors:
+        process = subprocess.Popen(  # noqa: S603 - our own program, and a path
+            [sys.executable, "-m", "server.superlink.service", str(log_file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, **ENVIRONMENT},
+            start_new_session=True,  # Ctrl-C is for the coordinator, which then stops it
+        )
+    assert process.stdin is not None  # noqa: S101 - asked for above
+    assert process.stdout is not None  # noqa: S101
+    process.stdin.write(json.dumps(asdict(told)) + "\n")
+    process.stdin.flush()
+    line = _first_line(process.stdout)
+    if not line:
+        process.kill()
+        process.communicate()  # which closes both pipes
+        last = (log_file.read_text().strip().splitlines() or ["no output"])[-1]
+        raise ConfigError(
+            f"Flower's SuperLink did not start on {told.host}:{told.port}: {last}; see {log_file}"
+        )
+    return process, json.loads(line)
 
 
 class _Secret:

@@ -107,7 +107,7 @@ def test_everything_that_a_study_asks_for_is_said(made: Made, config: SiteConfig
                     "training.local_epochs": None,
                     "training.local_steps": 17,
                     "training.batch_size": 24,
-                    "deadlines": {"answer_s": 123.0},
+                    "deadlines": {"upload_s": 123.0, "keys_s": 45.0, "unmask_s": 67.0},
                     "model.activation": "tanh",
                 }
             ),

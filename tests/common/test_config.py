@@ -172,8 +172,8 @@ STUDY_CASES = [
     Case("weight cap of 0", {"aggregation.weight_cap": 0}, "aggregation.weight_cap", "greater"),
     Case("a cohort of two", {"cohort.min_sites": 2}, "cohort.min_sites", "equal to 3"),
     Case("a cohort above 255", {"cohort.min_sites": 987}, "cohort.min_sites", "equal to 255"),
-    Case("a deadline of 0 s", {"deadlines.answer_s": 0}, "deadlines.answer_s", "greater than 0"),
-    Case("a deadline without end", {"deadlines.answer_s": math.inf}, "deadlines.answer_s",
+    Case("a deadline of 0 s", {"deadlines.upload_s": 0}, "deadlines.upload_s", "greater than 0"),
+    Case("a deadline without end", {"deadlines.upload_s": math.inf}, "deadlines.upload_s",
          "finite"),
     Case("two members of one name", {"members": [{"name": "oslo-1"}] * 3}, "members",
          "same name", "oslo-1"),
@@ -532,7 +532,7 @@ def test_a_wrong_item_does_not_make_its_list_too_short(
 
 
 def test_a_wrong_type_does_not_hide_an_impossible_combination(write: Callable[..., Path]) -> None:
-    edits = {"seed": "98765", "members": [{"name": "a"}] * 3, "deadlines.answer_s": -5}
+    edits = {"seed": "98765", "members": [{"name": "a"}] * 3, "deadlines.upload_s": -5}
     with pytest.raises(ConfigError) as refused:
         load(write(edits), Study)
     assert set(problems(refused.value)) == set(edits)

@@ -92,8 +92,8 @@ def test_the_order_of_arrival_does_not_change_a_bit(tmp_path: Path) -> None:
     sites = open_sites(study, tmp_path / "sites")
 
     class Backwards(LoopbackNetwork):
-        def ask(self, messages, enough=never):
-            return super().ask(dict(reversed(messages.items())), enough)
+        def ask(self, messages, deadline_s, enough=never):
+            return super().ask(dict(reversed(messages.items())), deadline_s, enough)
 
     watcher = Watcher()
     backwards = federate(

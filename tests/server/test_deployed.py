@@ -1,8 +1,7 @@
-"""What the door is told of a study, and who counts as connected."""
+"""What the door is told of a study."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +13,7 @@ from common.models.build import build_network
 from common.study import Study
 from common.tasks import task_of
 from common.wire import pack
-from server import deployed
-from server.deployed import DeployedNetwork, largest_upload
-from server.superlink.grid import Connected
+from server.deployed import largest_upload
 
 STUDIES = Path(__file__).parents[2] / "studies"
 
@@ -39,34 +36,3 @@ def test_the_largest_honest_upload_passes_the_door_and_twice_that_does_not(name:
     records = pack(upload)
     size = len(records["message"].deflate()) + upload.body.nbytes
     assert size < largest_upload(study) < 2 * (size + (128 << 10) + 64_000 * num_sites)
-
-
-class ScriptedGrid:
-    """Who is connected, one look after the other; the last one stays."""
-
-    def __init__(self, *looks: str) -> None:
-        self._looks = [{name: Connected(ord(name), "now") for name in look} for look in looks]
-
-    def connected(self) -> dict[str, Connected]:
-        return self._looks.pop(0) if len(self._looks) > 1 else self._looks[0]
-
-
-def test_a_site_that_is_back_in_a_moment_was_never_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployed, "POLL_S", 0.0)
-    network = DeployedNetwork(ScriptedGrid("abc", "ac", "ac", "abc"), deadline_s=1)
-    assert network.sites() == ["a", "b", "c"]
-    assert network.sites() == ["a", "b", "c"]
-
-
-def test_a_site_that_stays_away_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deployed, "POLL_S", 0.0)
-    monkeypatch.setattr(deployed, "RETURN_S", 0.05)
-    network = DeployedNetwork(ScriptedGrid("abc", "ac"), deadline_s=1)
-    network.sites()
-    started = time.monotonic()
-    assert network.sites() == ["a", "c"]
-    waited = time.monotonic() - started
-    assert waited >= 0.05
-    started = time.monotonic()
-    assert network.sites() == ["a", "c"]
-    assert time.monotonic() - started < waited

@@ -139,7 +139,7 @@ def speak(folder: Path, survivors_by_sum: list[tuple[str, ...]], masked) -> None
     def exchange(message: Message, replies: dict[str, Message]) -> None:
         answers = {site: lambda _, reply=reply: reply for site, reply in replies.items()}
         network = ObservedNetwork(LoopbackNetwork(answers), folder)
-        assert len(list(network.ask(dict.fromkeys(replies, message)))) == len(replies)
+        assert len(list(network.ask(dict.fromkeys(replies, message), 60))) == len(replies)
 
     keys = SiteKeys("", 0, bytes(32), bytes(1184), bytes(16), bytes(600), bytes(70))
     exchange(Invitation("", b"", b""), dict.fromkeys(SITES, keys))

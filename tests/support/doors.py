@@ -238,7 +238,7 @@ class CoordinatorDoor(Door):
                 raise
 
         asked = {self._name: self.due}
-        missing = self._exchange.ask_all(self.recording.manifest.names, asked, keep)
+        missing = self._exchange.ask_all(self.recording.manifest.names, asked, keep, 60)
         if missing and not isinstance(message, Refusal):
             raise error
 
@@ -354,7 +354,7 @@ class _OneAnswer:
         return [self._name]
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         assert self.reply is not None
         yield self._name, self.reply
@@ -374,6 +374,7 @@ class _Catching(Exchange):
         names: Sequence[str],
         messages: Mapping[str, Message],
         keep: Keep,
+        deadline_s: float,
         enough: Enough = never,
     ) -> dict[str, str]:
         raise _CaughtError(keep)

@@ -64,7 +64,7 @@ class FaultyNetwork:
         return [site for site in self.answers if site not in self.absent]
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         for site in self.order(list(messages)):
             message = messages[site]

@@ -65,7 +65,7 @@ class RecordingNetwork:
         return list(self._answers)
 
     def ask(
-        self, messages: Mapping[str, Message], enough: Enough = never
+        self, messages: Mapping[str, Message], deadline_s: float, enough: Enough = never
     ) -> Iterator[tuple[str, Message]]:
         for site, message in messages.items():
             if site == self._watched:
