@@ -37,6 +37,7 @@ REVIVE_S = 600.0  # for such attempts, where no deadline runs
 AROUND_BYTES, MEMBER_BYTES = 128 << 10, 64_000  # of an upload: statement and heads; shares
 ANSWER_S = 30.0  # for saying whether it takes part
 
+Receiving = Callable[[Mapping[str, int]], None]
 log = logging.getLogger("consilium.coordinator")
 
 
@@ -46,11 +47,18 @@ class DeployedNetwork:
     Args:
       grid: Reaches them.
       revive: Starts a SuperLink that died again, and reaches the sites through it.
+      receiving: Told now and then how much came of answers that are on their way, by site.
     """
 
-    def __init__(self, grid: CoordinatorGrid, revive: Callable[[], CoordinatorGrid]) -> None:
+    def __init__(
+        self,
+        grid: CoordinatorGrid,
+        revive: Callable[[], CoordinatorGrid],
+        receiving: Receiving = lambda _: None,
+    ) -> None:
         self._grid = grid
         self._revive = revive
+        self._receiving = receiving
 
     def sites(self) -> Sequence[str]:
         """Every site that is connected now."""
@@ -81,6 +89,7 @@ class DeployedNetwork:
                     num_arrived += 1
                     yield answered
                     del answered
+                self._receiving(asking.arriving(self._grid))
             except SuperLinkDied as died:
                 self._start_again(died, asking.left_s())
                 asking.lost()
@@ -141,7 +150,7 @@ def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume:
     )
     with SuperLink.start(told, service / "superlink.log") as superlink, ConsoleObserver() as shown:
         log.info("listening on %s port %d", config.host, superlink.public_port)
-        network = DeployedNetwork(superlink.open_grid(), superlink.revived)
+        network = DeployedNetwork(superlink.open_grid(), superlink.revived, shown.receiving)
         try:
             wait_for_members(study, network, config.wait_s, shown.waiting(study))
             heads = Heads(config.state_dir)

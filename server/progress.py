@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +17,8 @@ from rich.table import Table
 from common.study import Study
 from server.secure_sum import Void
 
+LOOK_S, SLOW_S, EVERY_S = 1.0, 5.0, 10.0  # a transfer that takes so long is shown, and how often
+
 
 class ConsoleObserver:
     """A progress bar on a terminal, plain lines elsewhere."""
@@ -23,6 +27,7 @@ class ConsoleObserver:
         self._console = console or Console(file=sys.stdout, highlight=False, soft_wrap=True)
         self._progress: Progress | None = None
         self._num_rounds = 0
+        self._transfers = Transfers()
 
     def __enter__(self) -> Self:
         """Watch one run."""
@@ -62,6 +67,16 @@ class ConsoleObserver:
         if self._progress is not None:
             self._update(description=f"{num_uploads}/{num_sites} uploads, last {site}")
 
+    def receiving(self, num_bytes: Mapping[str, int]) -> None:
+        """Show what is on its way, by site, and how fast; no word of what comes at once."""
+        text = self._transfers.told(num_bytes)
+        if not text:
+            return
+        if self._progress is not None:
+            self._update(description=text)
+        elif self._transfers.is_due():
+            self._console.print(text)
+
     def finished_round(self, line: dict[str, Any]) -> None:
         """One line per round; the figures are those of the model the round began with."""
         shown = figures_line(line["incoming_validation"])
@@ -88,6 +103,42 @@ class ConsoleObserver:
     def _update(self, **changes: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], **changes)
+
+
+class Transfers:
+    """How fast answers come, from how much of them is there."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._began: float | None = None  # since when something is on its way
+        self._said = self._looked = -math.inf
+        self._before: Mapping[str, int] = {}
+        self._rate = 0.0  # bytes a second
+
+    def told(self, num_bytes: Mapping[str, int]) -> str:
+        """What is to be said now; nothing in the first seconds, and at most once a second."""
+        now = self._now()
+        if not num_bytes:
+            self._began, self._before = None, {}
+            return ""
+        if self._began is None:
+            self._began = self._looked = now
+        if now - self._looked < LOOK_S:
+            return ""
+        new = sum(max(0, num - self._before.get(site, 0)) for site, num in num_bytes.items())
+        self._rate = new / (now - self._looked)
+        self._looked, self._before = now, dict(num_bytes)
+        if now - self._began < SLOW_S:
+            return ""
+        came = ", ".join(f"{site} {num / 1e6:.0f} MB" for site, num in num_bytes.items())
+        return f"receiving {came}; {self._rate / 1e6:.2f} MB/s"
+
+    def is_due(self) -> bool:
+        """Whether a log gets a line for it, too."""
+        if self._now() - self._said < EVERY_S:
+            return False
+        self._said = self._now()
+        return True
 
 
 class Readiness:

@@ -66,6 +66,10 @@ class Arrival:
         """Since when nothing new came."""
         return time.monotonic() - self.moved
 
+    def num_bytes(self) -> int:
+        """How much came."""
+        return sum(map(len, self.came.values()))
+
     def start_again(self) -> None:
         """Give the memory back; nothing was deleted at the SuperLink."""
         self.came.clear()

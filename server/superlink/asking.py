@@ -106,6 +106,17 @@ class Asking:
             del message  # a body: the next one comes in its place
         self._drop_doubles(grid)
 
+    def arriving(self, grid: CoordinatorGrid) -> dict[str, int]:
+        """Bytes that came of the answers that are on their way, by site."""
+        came = grid.num_bytes()
+        return {
+            site: came[question]
+            for site in self._unanswered
+            if site in self._asked
+            for question in self._asked[site].questions
+            if came.get(question)
+        }
+
     def lost(self) -> None:
         """The SuperLink died, and every question with it."""
         self._asked.clear()

@@ -139,6 +139,10 @@ class CoordinatorGrid(HttpGrid):
         arrival = self._arriving.get(question)
         return None if arrival is None else arrival.idle_s()
 
+    def num_bytes(self) -> dict[str, int]:
+        """How much came of each answer that is on its way, by question."""
+        return {question: arrival.num_bytes() for question, arrival in self._arriving.items()}
+
     def forget(self, questions: Iterable[str]) -> None:
         """Take questions back; an answer to one is refused from now on.
 

@@ -75,6 +75,9 @@ class FakeGrid:
     def idle_s(self, question: str) -> float | None:
         return self.coming.get(question)
 
+    def num_bytes(self) -> dict[str, int]:
+        return {question: 1000 * (1 + number) for number, question in enumerate(self.coming)}
+
     def forget(self, questions: Iterable[str]) -> None:
         self.forgotten += questions
 
@@ -220,6 +223,18 @@ def test_at_the_deadline_questions_are_taken_back() -> None:
     grid = grid_of(says(A), goes(B))
     assert answers(network_of(grid), deadline_s=0.2) == {A: Introduction(11)}
     assert grid.forgotten == ["q1"]
+
+
+def test_it_is_told_what_is_on_its_way() -> None:
+    told = []
+
+    def sends(grid: FakeGrid) -> None:
+        grid.coming |= {"q0": 0.0, "q1": 0.0, "another": 0.0}
+
+    grid = grid_of(sends, says(A), says(B))
+    network = DeployedNetwork(grid, lambda: grid, told.append)  # type: ignore[arg-type, return-value]
+    assert answers(network) == BOTH
+    assert told == [{A: 1000, B: 2000}, {B: 2000}, {}]
 
 
 def test_who_has_not_answered_is_asked_by_a_new_superlink(caplog: pytest.LogCaptureFixture) -> None:
