@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-peers format clean
 
 demo: $(STAMP)  ## a CA, a coordinator and four hospitals over TLS learn from generated images; leaves a report
 	rm -rf runs/demo
@@ -30,6 +30,10 @@ format: $(STAMP)
 bench: $(STAMP)  ## measure; BENCH=name runs one of bench/*.py
 	$(BIN)/python bench/run.py $(BENCH)
 
+bench-peers:  ## what benchmarks compare with and need not have; NVFlare pins packages that we use
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install -q --disable-pip-version-check "nvflare==2.9.*"
+
 # torch comes first and by itself: left to the resolver, an open range would choose another build.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -38,4 +42,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-peers runs .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

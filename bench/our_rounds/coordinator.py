@@ -37,15 +37,15 @@ def watch(notebook: Notebook) -> None:
     notebook.watch(server.coordinator, "training_task")
     notebook.watch(server.coordinator, "validation_task")
     notebook.watch(CoordinatorGrid, "push_messages")
-    notebook.watch(CoordinatorGrid, "pull_messages", pulled_ids)
+    notebook.watch_each(CoordinatorGrid, "pull_messages", pulled_id)
     notebook.watch(RunDir, "save_pending")
     notebook.watch(server.coordinator, "secure_sum")
     notebook.watch(RunDir, "save")
 
 
-def pulled_ids(replies: list[Any], *_: Any) -> Ids:
-    """Of the messages whose replies came."""
-    return [reply.metadata.reply_to_message_id for reply in replies]
+def pulled_id(reply: Any) -> Ids:
+    """Of the message whose reply came."""
+    return [reply.metadata.reply_to_message_id]
 
 
 if __name__ == "__main__":

@@ -14,12 +14,13 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from our_rounds.cpu import Sample, cpu_between, sampled
 from our_rounds.notes import Event, read_notes
-from our_rounds.phases import Round, phases_of_rounds
+from our_rounds.phases import Round, bounds_of_rounds, phases_of_rounds
 from stock_flower.deployment import Program, Start, processes
 
 BENCH = Path(__file__).resolve().parent.parent
@@ -31,7 +32,8 @@ from server.superlink.launcher import ENVIRONMENT  # noqa: E402
 
 STUDY = BENCH.parent / "studies" / "phantoms.toml"  # of it, only what is not made up counts
 DATA = {"name": "none", "format": "phantom", "declared_patients": 100}
-START_S, ROUND_S, PER_ENTRY_S = 120.0, 60.0, 1e-6  # how long we wait; the last: of each upload
+START_S, ROUND_S, PER_ENTRY_S = 20.0, 60.0, 1e-6  # how long we wait; the last: of each upload
+SAMPLE_S = 0.25
 MOST_STARTED = 4  # sites that are programs of their own; so many import torch in a minute
 
 
@@ -41,6 +43,7 @@ class Run:
 
     rounds: list[Round]
     keys_s: float  # the exchange of keys before the first round
+    cpu_s: dict[str, float]  # of all steady rounds together, by program
 
 
 def our_rounds(num_params: int, num_rounds: int, num_sites: int) -> Run:
@@ -50,10 +53,12 @@ def our_rounds(num_params: int, num_rounds: int, num_sites: int) -> Run:
       RuntimeError: The coordinator failed, or was too slow; the message ends with what it said.
     """
     with deployed(num_params, num_rounds, num_sites) as one:
-        one.run("our_rounds.coordinator", "our_rounds.site")
+        samples = one.run("our_rounds.coordinator", "our_rounds.site")
         noted = read_notes(one.notes_of("coordinator"))
         sites = [read_notes(one.notes_of(name)) for name in one.made.names]
-    return Run(phases_of_rounds(noted, sites), seconds_of_keys(noted))
+    _, second, *_, last = bounds_of_rounds(noted)
+    rounds = phases_of_rounds(noted, sites)
+    return Run(rounds, seconds_of_keys(noted), cpu_between(samples, second, last))
 
 
 @dataclass(frozen=True)
@@ -65,13 +70,16 @@ class Deployed:
     num_params: int
     patience_s: float  # with a whole run
 
-    def run(self, coordinator: str, site: str, num_started: int = MOST_STARTED) -> None:
+    def run(self, coordinator: str, site: str, num_started: int = MOST_STARTED) -> list[Sample]:
         """Run the study with these modules in the place of ``fl-server`` and ``fl-client``.
 
         Args:
           coordinator: Its module.
           site: The module of the first ``num_started`` sites.
           num_started: The others are forks of one process.
+
+        Returns:
+          What the programs had computed, every moment.
 
         Raises:
           RuntimeError: The coordinator failed, or was too slow.
@@ -84,12 +92,20 @@ class Deployed:
             *("--config", self.made.folder / "coordinator.toml"),
             *("--run-dir", self.made.run_dir),
         )
-        for name in self.made.names[:num_started]:
-            told = ("--site-config", self.made.site(name))
-            self._started(site, self.num_params, self.notes_of(name), *told)
+        sites = [
+            self._started(
+                site,
+                self.num_params,
+                self.notes_of(name),
+                *("--site-config", self.made.site(name)),
+            )
+            for name in self.made.names[:num_started]
+        ]
         if others := self.made.names[num_started:]:
-            self._started("our_rounds.forked", self.num_params, self.made.folder, *others)
-        self._wait_for_end(program)
+            sites.append(
+                self._started("our_rounds.forked", self.num_params, self.made.folder, *others)
+            )
+        return self._sampled_to_end(program, sites)
 
     def notes_of(self, name: str) -> Path:
         """Where a program writes what is measured in it."""
@@ -102,13 +118,17 @@ class Deployed:
         path = {"PYTHONPATH": f"{BENCH}{os.pathsep}{BENCH.parent}"}
         return self.start(command, {**os.environ, **ENVIRONMENT, **home, **path}, unheard)
 
-    def _wait_for_end(self, coordinator: Program) -> None:
+    def _sampled_to_end(self, coordinator: Program, sites: Sequence[Program]) -> list[Sample]:
         """Return when the run has ended well."""
         end = time.monotonic() + self.patience_s
+        samples = []
         while coordinator.is_running and time.monotonic() < end:
-            time.sleep(0.2)
+            samples.append(sampled(coordinator.pid, [site.pid for site in sites]))
+            time.sleep(SAMPLE_S)
         if coordinator.is_running or not (self.made.run_dir / "summary.json").exists():
-            raise RuntimeError(f"our own run did not end:\n{''.join(coordinator.said[-40:])}")
+            said = (line for one in (coordinator, *sites) for line in one.said[-20:])
+            raise RuntimeError(f"our own run did not end:\n{''.join(said)}")
+        return samples
 
 
 @contextlib.contextmanager
@@ -144,6 +164,6 @@ def seconds_of_keys(noted: list[Event]) -> float:
 
 if __name__ == "__main__":
     run = our_rounds(*map(int, sys.argv[1:]))
-    print(f"keys: {run.keys_s:.3f} s")
+    print(f"keys: {run.keys_s:.3f} s; CPU of the steady rounds: {run.cpu_s}")
     for one_round in run.rounds:
         print(json.dumps({"round": sum(one_round.values()), **one_round}, indent=1))

@@ -29,7 +29,7 @@ def watch(gauge: Gauge) -> None:
     gauge.watch(server.coordinator, "build_network")
     gauge.watch(server.cohort, "exchange_keys")
     gauge.watch(CoordinatorGrid, "push_messages")
-    gauge.watch(CoordinatorGrid, "pull_messages")
+    gauge.watch_each(CoordinatorGrid, "pull_messages")
     gauge.watch(server.coordinator, "secure_sum")
     gauge.watch(State, "step")
     for name in ("save_model", "save_pending", "save", "save_final", "seal"):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ class Notebook:
             if about is not None:
                 self._file.write(json.dumps([name, began, ended, about]) + "\n")
             return result
+
+        setattr(owner, name, watched)
+
+    def watch_each(self, owner: Any, name: str, ids: Callable[[Any], Ids]) -> None:
+        """Note how long every result of a generator takes, and finding that there is none left."""
+        generator: Callable[..., Iterator[Any]] = getattr(owner, name)
+
+        @functools.wraps(generator)
+        def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            results = generator(*args, **kwargs)
+            while True:
+                began = time.monotonic()
+                come = list(islice(results, 1))
+                about = [each for result in come for each in ids(result)]
+                self._file.write(json.dumps([name, began, time.monotonic(), about]) + "\n")
+                if not come:
+                    return
+                yield come.pop()
 
         setattr(owner, name, watched)
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,23 @@ class Gauge:
                 return call(*args, **kwargs)
             finally:
                 self.reached(name)
+
+        setattr(owner, name, watched)
+
+    def watch_each(self, owner: Any, name: str) -> None:
+        """The same for every result of a generator."""
+        generator = getattr(owner, name)
+
+        @functools.wraps(generator)
+        def watched(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            results = generator(*args, **kwargs)
+            while True:
+                self.reached(f"before {name}")
+                come = list(islice(results, 1))
+                self.reached(name)
+                if not come:
+                    return
+                yield come.pop()  # and is kept no longer than it would be without us
 
         setattr(owner, name, watched)
 

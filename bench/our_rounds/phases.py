@@ -22,13 +22,17 @@ BUSY = "coordinator is busy with earlier replies"
 
 def phases_of_rounds(coordinator: Sequence[Event], sites: Iterable[Sequence[Event]]) -> list[Round]:
     """The seconds of every round, by phase."""
-    tasks = [event for event in coordinator if event.what.endswith("_task")]
     by_message = [by_messages(site) for site in sites]
     made = []
-    for begun, following in pairwise(tasks):
-        inside = [one for one in coordinator if begun.began <= one.began < following.began]
-        made.append(phases_of_round(inside, by_message, following.began))
+    for begun, ended in pairwise(bounds_of_rounds(coordinator)):
+        inside = [one for one in coordinator if begun <= one.began < ended]
+        made.append(phases_of_round(inside, by_message, ended))
     return made
+
+
+def bounds_of_rounds(coordinator: Sequence[Event]) -> list[float]:
+    """When a round began, which is where the one before ended; the last one only ends."""
+    return [event.began for event in coordinator if event.what.endswith("_task")]
 
 
 def by_messages(events: Iterable[Event]) -> Site:
@@ -46,9 +50,9 @@ def by_messages(events: Iterable[Event]) -> Site:
 
 def phases_of_round(events: Sequence[Event], sites: Sequence[Site], ended: float) -> Round:
     """One round, from its task to the next one's."""
-    task, unmask = (event for event in events if event.what == "push_messages")
     once = {event.what: event for event in events}
     pending, summed, saved = (once[what] for what in ("save_pending", "secure_sum", "save"))
+    task, unmask = first_push(events, 0.0), first_push(events, pending.began)
     marks = [
         ("task: coordinator makes and packs it", task.began),
         *exchange_marks("task", task, pulls_between(events, task, pending.began), sites),
@@ -62,6 +66,11 @@ def phases_of_round(events: Sequence[Event], sites: Sequence[Site], ended: float
         ("coordinator looks who is there", ended),
     ]
     return seconds_between(events[0].began, marks, ended)
+
+
+def first_push(events: Iterable[Event], since: float) -> Event:
+    """The first of an exchange: who connects anew in it is asked once more."""
+    return next(e for e in events if e.what == "push_messages" and e.began >= since)
 
 
 def pulls_between(events: Iterable[Event], push: Event, ended: float) -> list[Event]:

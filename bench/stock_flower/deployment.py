@@ -107,6 +107,11 @@ class Program:
         """Whether it has not ended."""
         return self._process.poll() is None
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
     def stop(self) -> None:
         """End it, and by their ids those of its descendants that did not end with it."""
         family = descendants(self._process.pid)
