@@ -16,15 +16,17 @@ from client.config import SiteConfig, check_key_mode
 from client.connection_check import check_connection
 from client.data_check import check_data
 from client.finding import Finding, fault, has_fault, ok, warning
+from client.link_check import check_link
 from client.site import pick_device
 from client.study_check import check_budget, check_terms, planned_study
 from common.errors import ConfigError
 from common.models.build import build_network
+from common.models.flat import Schema
 from common.study import Study
+from common.traffic import BYTES_PER_PARAM
 
 LEAST_FREE_BYTES = 1 << 30
 MODELS_KEPT = 4  # an upload, the one before it, a copy while it is written, the journal
-BYTES_PER_PARAM = 4
 
 
 def _utc_now() -> datetime:
@@ -52,8 +54,9 @@ def check(
     yield ok(f"site file: every key of {config.name} is valid")
     study, told = planned_study(config, study_file)
     yield from told
-    yield from _check_state_dir(config.state_dir, study)
-    yield from _check_consortium(config, study, offline=offline, now=now())
+    schema = build_network(study).schema if study else None
+    yield from _check_state_dir(config.state_dir, schema)
+    yield from _check_consortium(config, study, schema, offline=offline, now=now())
     if study is not None:
         yield from check_terms(config, study)
     yield from check_data(config, study)
@@ -63,9 +66,14 @@ def check(
 
 
 def _check_consortium(
-    config: SiteConfig, study: Study | None, *, offline: bool, now: datetime
+    config: SiteConfig,
+    study: Study | None,
+    schema: Schema | None,
+    *,
+    offline: bool,
+    now: datetime,
 ) -> Iterator[Finding]:
-    """The key, the certificate, and the coordinator."""
+    """The key, the certificate, the coordinator, and the link to it."""
     if config.coordinator is None and config.certificates is None:
         yield warning(
             "coordinator, [certificates]: not in the site file; this site can simulate and not "
@@ -77,16 +85,19 @@ def _check_consortium(
         yield fault(ConfigError(f"{missing}: not in the site file; taking part needs both"))
         return
     yield from _check_key_mode(config.certificates.key)
-    found = list(check_certificate(config, config.certificates, now))
-    yield from found
+    own = list(check_certificate(config, config.certificates, now))
+    yield from own
     yield from check_own_list(config.certificates, now)
     if offline:
         yield warning(f"coordinator {config.coordinator}: not called, as --offline says")
         return
-    yield from check_connection(config, study, may_identify=not has_fault(found))
+    called = list(check_connection(config, study, may_identify=not has_fault(own)))
+    yield from called
+    if study is not None and schema is not None and not has_fault([*own, *called]):
+        yield from check_link(config, study, schema)
 
 
-def _check_state_dir(folder: Path, study: Study | None) -> Iterator[Finding]:
+def _check_state_dir(folder: Path, schema: Schema | None) -> Iterator[Finding]:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -97,7 +108,7 @@ def _check_state_dir(folder: Path, study: Study | None) -> Iterator[Finding]:
         return
     yield ok(f"state folder {folder}: writable")
     try:
-        yield _check_space(folder, _model_bytes(study))
+        yield _check_space(folder, BYTES_PER_PARAM * schema.num_params if schema else 0)
     except ConfigError as error:
         yield fault(error)
 
@@ -108,10 +119,6 @@ def _check_space(folder: Path, model_bytes: int) -> Finding:
     if free < needed:
         return fault(ConfigError(f"{said}; delete what is not needed, or move state_dir"))
     return ok(said)
-
-
-def _model_bytes(study: Study | None) -> int:
-    return build_network(study).schema.num_params * BYTES_PER_PARAM if study else 0
 
 
 def _check_key_mode(key: Path) -> Iterator[Finding]:

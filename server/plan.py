@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from common.manifest import default_threshold
 from common.models.build import build_network
 from common.plan import plan_privacy
-from common.secagg.header import overhead_bytes
 from common.study import Classification, NoPrivacy, Study
-from common.tasks import task_of
+from common.traffic import traffic_of
 
 SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients
 
@@ -18,9 +17,7 @@ def plan_lines(study: Study) -> Iterator[str]:
     """The plan of a study in plain lines."""
     training = study.training
     schema = build_network(study).schema
-    task = task_of(study)
-    tail_bytes = 8 * (1 + len(schema.names) + task.num_counts)
-    body_bytes = schema.num_params * study.aggregation.ring_bits // 8
+    traffic = traffic_of(study, schema)
     yield f"study {study.name}"
     yield f"digest {study.digest()}"
     yield f"privacy: {privacy_sentence(study)}"
@@ -47,12 +44,12 @@ def plan_lines(study: Study) -> Iterator[str]:
         yield (
             f"secure sum: {threshold} of {num_sites} sites recover it, "
             f"{num_sites - threshold} may drop out; with each upload "
-            f"{overhead_bytes(num_sites):,} bytes of shares, commitments and signature"
+            f"{traffic.shares:,} bytes of shares, commitments and signature"
         )
     yield (
-        f"each site per round: {body_bytes + tail_bytes:,} bytes up "
-        f"({study.aggregation.ring_bits} bits a parameter, {tail_bytes:,} bytes of counts), "
-        f"{4 * schema.num_params:,} bytes down"
+        f"each site per round: {traffic.body + traffic.tail:,} bytes up "
+        f"({study.aggregation.ring_bits} bits a parameter, {traffic.tail:,} bytes of counts), "
+        f"{traffic.model:,} bytes down"
     )
 
 

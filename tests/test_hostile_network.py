@@ -60,6 +60,7 @@ from common.errors import RoundAborted
 from common.identity import Role
 from server.superlink.grid import direct
 from server.superlink.launcher import ADMIN_HEADER, SuperLink
+from server.superlink.link_test import LINK_TEST
 from server.superlink.listener import (
     CALLS,
     FLEET,
@@ -271,7 +272,7 @@ def test_without_a_valid_revocation_list_nobody_comes_in(door: Consortium, kind:
             assert (answer.status, answer.body) == (403, b"certificate refused")
 
 
-@pytest.mark.parametrize("path", ["/health", *sorted(CALLS)])
+@pytest.mark.parametrize("path", ["/health", LINK_TEST, *sorted(CALLS)])
 def test_a_certified_site_of_another_study_is_refused(door: Consortium, path: str) -> None:
     stranger = site_of(door, "stranger")
     answer = stranger.ask(request(path, headers=node_headers(stranger.identity)))
@@ -281,7 +282,7 @@ def test_a_certified_site_of_another_study_is_refused(door: Consortium, path: st
 def test_the_coordinators_own_certificate_calls_nothing(door: Consortium) -> None:
     own = door.folder / "coordinator"
     caller = with_certificate(site_of(door, BAD), own / "certificate.pem", own / "key.pem")
-    for path in ("/health", PULL):
+    for path in ("/health", LINK_TEST, PULL):
         assert caller.ask(request(path, headers=node_headers(caller.identity))).status == 403
 
 
@@ -413,6 +414,8 @@ TRICKS = [
     "/health/../docs",
     "/health/",
     "/health%20",
+    "/link-test/",
+    "/link-test/../docs",
     "http://127.0.0.1/v1/fleet/get-fab",
     "http://127.0.0.1/v1/control/start-run",
     "//127.0.0.1/v1/control/start-run",
@@ -466,6 +469,20 @@ def test_the_health_call_says_what_it_is_told_to_members_only(door: Consortium) 
     assert said["time"] == pytest.approx(time.time(), abs=60)
 
 
+def test_a_link_test_moves_bytes_and_makes_nobody_a_node(
+    door: Consortium, superlink: SuperLink
+) -> None:
+    bad, grid = site_of(door, BAD), superlink.open_grid()
+    with bad.connected() as line:
+        for num_bytes in (0, 1000, 1 << 20):
+            pulled = line.ask(request(f"{LINK_TEST}?bytes={num_bytes}", method="GET"))
+            pushed = line.ask(request(LINK_TEST, bytes(num_bytes)))
+            assert (pulled.status, len(pulled.body)) == (200, num_bytes)
+            assert (pushed.status, pushed.body) == (200, b"%d" % num_bytes)
+    assert grid.connected() == {}
+    grid.finish()
+
+
 @pytest.mark.parametrize("guess", ["none", "wrong", "too short", "too long"])
 def test_the_admin_listener_answers_nothing_without_its_secret(
     superlink: SuperLink, guess: str
@@ -474,7 +491,7 @@ def test_the_admin_listener_answers_nothing_without_its_secret(
     secret = {"none": "", "wrong": "0" * 64, "too short": SECRET[:-1], "too long": SECRET + "0"}[
         guess
     ]
-    for path in ["/health", *WITHHELD, *sorted(CALLS)]:
+    for path in ["/health", LINK_TEST, *WITHHELD, *sorted(CALLS)]:
         for method in ("GET", "POST"):
             answer = plain_ask(admin, request(path, method=method, headers={ADMIN_HEADER: secret}))
             assert (answer.status, answer.body) == (401, b"the secret is missing"), path

@@ -34,9 +34,10 @@ from callers import (
 from deployment import Consortium
 
 from common.identity import Certified
-from server.superlink import listener, peer_protocol
+from server.superlink import link_test, listener, peer_protocol
 from server.superlink.doorkeeper import Doorkeeper
 from server.superlink.launcher import SuperLink
+from server.superlink.link_test import LINK_TEST, MAX_OF_ONE, MAX_TEST_BYTES
 from server.superlink.listener import (
     MAX_BODY_BYTES,
     MAX_TOGETHER,
@@ -382,3 +383,24 @@ def test_a_member_whose_bodies_are_slow_gets_its_places_back(
         assert bad.ask(post(bad, 1) + b"x").status == 429
         assert {line.answer().status for line in lines} == {408}
     assert bad.ask(post(bad, 1) + b"x").status == 200
+
+
+def test_link_tests_that_nobody_reads_or_ends_give_their_places_back(
+    near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_test, "TEST_S", 2.0)
+    echo, caller = near
+    bad = caller(BAD)
+    pull = request(f"{LINK_TEST}?bytes={MAX_TEST_BYTES}", method="GET")
+    with ExitStack() as stack:
+        lines = [stack.enter_context(bad.connected()) for _ in range(MAX_OF_ONE)]
+        lines[0].send(pull)  # more than what is on the way can hold
+        lines[1].send(request(LINK_TEST, b"half", headers={"content-length": "1000"}))
+        time.sleep(0.2)
+        assert bad.ask(pull).status == 429
+        assert caller(GOOD).ask(pull).status == 200
+        assert lines[1].answer().status == 408
+        with pytest.raises(ConnectionError):
+            lines[0].answer()
+    assert bad.ask(pull).status == 200
+    assert echo.lengths == []  # nothing of it reached Flower

@@ -144,6 +144,17 @@ def overhead_bytes(num_sites: int) -> int:
     """What an upload carries at most besides its body: shares, commitments and header."""
     sealed = (num_sites - 1) * (num_sites * SECRET_BYTES + SEAL_BYTES)
     share_commitments = num_sites**2 * SHARE_COMMITMENT_BYTES
+    return sealed + share_commitments + _header_bytes(num_sites)
+
+
+def relayed_bytes(num_sites: int) -> int:
+    """What a site gets at most to unmask a sum, where nobody dropped out."""
+    sealed = num_sites * SECRET_BYTES + SEAL_BYTES
+    share_commitments = num_sites * SHARE_COMMITMENT_BYTES
+    row_digests = num_sites * DIGEST_BYTES
+    return num_sites * (_header_bytes(num_sites) + sealed + share_commitments + row_digests)
+
+
+def _header_bytes(num_sites: int) -> int:
     empty = Header(bytes(32), 0, bytes(32), 0, bytes(32), bytes(32), b"", bytes(32))
-    header = len(empty.encode()) + num_sites * SECRET_BYTES + LARGEST_SIGNATURE_BYTES
-    return sealed + share_commitments + header
+    return len(empty.encode()) + num_sites * SECRET_BYTES + LARGEST_SIGNATURE_BYTES

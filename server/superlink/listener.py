@@ -1,8 +1,8 @@
 """The coordinator's public door: who may call, which calls, how much and how fast.
 
 In front of Flower's SuperLink stands this: TLS 1.3 with a certificate of the consortium CA, held
-against the revocation list at every request; the nine calls that a site needs, everything else is
-404; bodies of bounded size that must arrive in bounded time. Flower's own node authentication comes
+against the revocation list at every request; the calls that a site needs, everything else is 404;
+bodies of bounded size that must arrive in bounded time. Flower's own node authentication comes
 behind it, and must name the same key as the certificate.
 """
 
@@ -16,9 +16,9 @@ import ssl
 import time
 from base64 import b64decode
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -26,13 +26,10 @@ from uvicorn import Config
 
 from common.errors import FederationError
 from common.identity import Certified, fingerprint
+from server.superlink.asgi import App, Receive, Scope, Send, after, declared_length, reply
 from server.superlink.doorkeeper import Doorkeeper
+from server.superlink.link_test import LINK_TEST, LinkTest
 from server.superlink.peer_protocol import PeerProtocol
-
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 FLEET = "/v1/fleet/"
 CALLS = frozenset(
@@ -49,6 +46,7 @@ CALLS = frozenset(
     )
 )
 HEALTH = "/health"
+OWN = frozenset({HEALTH, LINK_TEST})  # answered here: Flower is not reached
 NODE_KEY = b"flwr-public-key"
 SITE = "consilium.site"  # in the scope of a request: the name of who asks
 MAX_BODY_BYTES = 6 << 20  # an object is one chunk of 5 MB at most
@@ -89,6 +87,7 @@ class PublicListener:
         self._doorkeeper = doorkeeper
         self._nodes = nodes
         self._about = dict(about)
+        self._link_test = LinkTest()
         self._here: dict[str, bytes] = {}  # certificate by name
         self._together: Counter[str] = Counter()
 
@@ -98,7 +97,7 @@ class PublicListener:
             await send({"type": "websocket.close", "code": 1008})
             return
         path = scope["path"]
-        if path not in CALLS and path != HEALTH:
+        if path not in CALLS | OWN:
             await reply(send, 404, "no such call")
             return
         certificate = scope["state"]["peer_certificate"]
@@ -110,6 +109,8 @@ class PublicListener:
             return
         if path == HEALTH:
             await reply(send, 200, json.dumps({**self._about, "time": time.time()}))
+        elif path == LINK_TEST:
+            await self._link_test.answer(site.name, scope, receive, send)
         elif scope["method"] != "POST" or not _is_key_of(scope, site):
             await reply(send, 401, "the node's key is not the certificate's")
         elif self._together[site.name] >= MAX_TOGETHER:
@@ -137,12 +138,12 @@ class PublicListener:
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the whole body first: Flower sees only requests that are complete."""
-        length = next((v for k, v in scope["headers"] if k == b"content-length"), b"")
-        if not length.isdigit():
+        length = declared_length(scope)
+        if length is None:
             # Nothing bounds what may stand between and after pieces; Flower's clients send none.
             await reply(send, 411, "a length is needed")
             return
-        if int(length) > MAX_BODY_BYTES:
+        if length > MAX_BODY_BYTES:
             await reply(send, 413, "too large")
             return
         try:
@@ -155,16 +156,6 @@ class PublicListener:
             await self._app(_without_host(scope), after(whole, receive), send)
         except Exception as error:  # noqa: BLE001 - whatever a body does to Flower; it has answered
             log.error("%s at %s: %s", scope[SITE], scope["path"], type(error).__name__)  # noqa: TRY400
-
-
-def after(event: MutableMapping[str, Any], receive: Receive) -> Receive:
-    """``receive`` with an event before it that was taken from it already."""
-    pending = [event]
-
-    async def again() -> MutableMapping[str, Any]:
-        return pending.pop() if pending else await receive()
-
-    return again
 
 
 def tls_context(ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:
@@ -220,13 +211,3 @@ def _is_key_of(scope: Scope, site: Certified) -> bool:
     except (ValueError, binascii.Error):
         return False
     return isinstance(key, ec.EllipticCurvePublicKey) and fingerprint(key) == site.fingerprint
-
-
-async def reply(send: Send, status: int, text: str) -> None:
-    """Answer in Flower's place; after a refusal the connection ends."""
-    content = text.encode()
-    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(content))]
-    if status != 200:  # noqa: PLR2004
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": content})

@@ -31,11 +31,11 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from common.identity import Certified
+from server.superlink.asgi import App
 from server.superlink.doorkeeper import Doorkeeper
 from server.superlink.launcher import ADMIN_HEADER, Listening
 from server.superlink.listener import (
     GRACE_S,
-    App,
     PublicListener,
     public_config,
     tls_context,

@@ -19,7 +19,8 @@ from flwr.proto.message_pb2 import PushObjectRequest
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from server.superlink.listener import FLEET, SITE, App, Receive, Scope, Send, after, reply
+from server.superlink.asgi import App, Receive, Scope, Send, after, reply
+from server.superlink.listener import FLEET, SITE
 from server.superlink.object_store import FlatStore
 
 PUSH_MESSAGES, PUSH_OBJECT = FLEET + "push-messages", FLEET + "push-object"

@@ -230,6 +230,7 @@ def test_a_site_that_can_take_part_has_no_fault(world: World) -> None:
         "ok       clock: 0.",
         f"ok       version: {version('consilium')} on both sides, code {code_digest()[:12]}...",
         f"ok       the coordinator announces study {digest[:12]}..., which is chests",
+        "ok       link: ",
         "ok       policy: permits study chests",
         "ok       data set xrays: 24 readable images, 32x32 grey uint8 (24)",
         "ok       train: ",
