@@ -24,6 +24,7 @@ from server.superlink.grid import CAME_TO_NOTHING, Connected, CoordinatorGrid
 
 LOOK_S = 2.0  # between two looks at who is connected
 AGAIN_S = 30.0  # until a site whose question came to nothing is asked again
+AWAY_S = 5.0  # until it is said that a site is away: it connects within seconds after a hiccup
 
 log = logging.getLogger("consilium.coordinator")
 
@@ -51,6 +52,7 @@ class Asking:
         self._deadline_s = deadline_s
         self._end = time.monotonic() + deadline_s
         self._asked: dict[str, Asked] = {}
+        self._away_since: dict[str, float] = {}
         self._missed: set[str] = set()  # sites of which it was said that they are away
         self._next_look = 0.0
 
@@ -76,7 +78,7 @@ class Asking:
         due = {}
         for site in self._unanswered:
             if site not in there:
-                self._miss(site)
+                self._miss(site, now)
             elif self._is_due(site, there[site], grid, now):
                 due[site] = there[site]
         self._ask(due, grid)
@@ -159,11 +161,13 @@ class Asking:
             if site in self._asked or site in self._missed:
                 log.info("%s is back: asked again", site)
                 self._missed.discard(site)
+            self._away_since.pop(site, None)
             before = self._asked[site].questions if site in self._asked else []
             self._asked[site] = Asked(connection, [*before, question])
 
-    def _miss(self, site: str) -> None:
-        if site not in self._missed:
+    def _miss(self, site: str, now: float) -> None:
+        away_s = now - self._away_since.setdefault(site, now)
+        if away_s >= AWAY_S and site not in self._missed:
             self._missed.add(site)
             log.warning(
                 "%s is not connected: waiting for it, for %.0f s at most", site, self.left_s()

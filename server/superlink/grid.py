@@ -248,8 +248,9 @@ class CoordinatorGrid(HttpGrid):
         while not self._stopped.wait(HEARTBEAT_S):
             try:
                 self._runtime_client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
-            except httpx.HTTPError as error:
-                log.warning("no heartbeat reached the SuperLink: %s", type(error).__name__)
+            except (httpx.HTTPError, RuntimeError) as error:  # RuntimeError: closed meanwhile
+                if not self._stopped.is_set():
+                    log.warning("no heartbeat reached the SuperLink: %s", type(error).__name__)
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TaskIdentity, name, 1)
     monkeypatch.setattr(asking, "LOOK_S", 0.0)
     monkeypatch.setattr(asking, "AGAIN_S", 0.0)
+    monkeypatch.setattr(asking, "AWAY_S", 0.0)
     monkeypatch.setattr(deployed, "FIRST_PAUSE_S", 0.0)
     monkeypatch.setattr(deployed, "LONGEST_PAUSE_S", 0.001)
     monkeypatch.setattr(deployed, "FIRST_REVIVAL_S", 0.001)
