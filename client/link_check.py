@@ -35,6 +35,7 @@ ROUND_TRIPS_DOWN, ROUND_TRIPS_UP = 10, 7
 FEWER_BITS = (24, 16)
 NOTICED = 0.05  # of a round: a choice of ring bits that saves less is not mentioned
 LARGE_PART = 0.5  # of the deadline for an upload
+PIECE_S = 180.0  # a piece that takes longer is refused at the coordinator's door
 STATUS_OK = 200
 STATUSES = {
     404: "this coordinator has no link test; install the same release on both sides",
@@ -93,14 +94,24 @@ def cost(link: Link, study: Study, schema: Schema) -> Finding:
     others = {k: link.seconds_up(traffic_of(study, schema, k)) for k in FEWER_BITS if k < bits}
     noticed = [k for k, seconds in others.items() if up_s - seconds > NOTICED * total_s]
     said += "".join(f", {_seconds(others[k])} up at {k}" for k in noticed)
-    deadline_s = study.deadlines.upload_s
-    if total_s <= LARGE_PART * deadline_s:
-        return ok(said)
-    return warning(
-        f"{said}; that is {total_s / deadline_s:.0%} of deadlines.upload_s ({deadline_s:g} s), in "
-        "which this site also trains: ask the coordinator for a study with a longer one or fewer "
-        "aggregation.ring_bits, or your network's operator for a faster link"
-    )
+    wrong = list(_too_slow(link, traffic, total_s, study.deadlines.upload_s))
+    return warning("; ".join([said, *wrong])) if wrong else ok(said)
+
+
+def _too_slow(link: Link, traffic: Traffic, total_s: float, deadline_s: float) -> Iterator[str]:
+    piece_s = min(TOGETHER * LARGEST, traffic.body) / link.up
+    if piece_s > PIECE_S:
+        yield (
+            f"the coordinator's door waits {PIECE_S:.0f} s for a piece of an update, and here one "
+            f"takes {piece_s:.0f} s: no update will arrive; ask your network's operator for a "
+            "faster link"
+        )
+    if total_s > LARGE_PART * deadline_s:
+        yield (
+            f"that is {total_s / deadline_s:.0%} of deadlines.upload_s ({deadline_s:g} s), in "
+            "which this site also trains: ask the coordinator for a study with a longer one or "
+            "fewer aggregation.ring_bits, or your network's operator for a faster link"
+        )
 
 
 def measure(place: Place, traffic: Traffic) -> Link:

@@ -98,9 +98,11 @@ class Program:
         Thread(target=self._listen, args=[hear], daemon=True).start()
 
     def _listen(self, hear: Callable[[str, float], None]) -> None:
-        for line in self._process.stdout or []:
-            hear(line, time.monotonic())
-            self.said.append(line)
+        assert self._process.stdout is not None  # noqa: S101 - asked for at the start
+        with self._process.stdout as lines:
+            for line in lines:
+                hear(line, time.monotonic())
+                self.said.append(line)
 
     @property
     def is_running(self) -> bool:

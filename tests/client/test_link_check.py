@@ -18,11 +18,11 @@ from deployment import Consortium
 from federation import tiny_study
 
 from client import link_check
-from client.link_check import Link, NotMeasured, cost, measure
+from client.link_check import PIECE_S, Link, NotMeasured, cost, measure
 from common.models.flat import Schema
 from common.study import Study
 from common.traffic import Traffic, traffic_of
-from server.superlink import link_test
+from server.superlink import link_test, listener
 from server.superlink.launcher import SuperLink
 from server.superlink.listener import tls_context
 
@@ -75,6 +75,16 @@ def test_a_transfer_of_more_than_half_the_deadline_is_a_warning(upload_s: int, l
     if level == "warning":
         assert f"% of deadlines.upload_s ({upload_s} s)" in found.text
         assert "ask the coordinator for a study with a longer one" in found.text
+
+
+def test_a_link_over_which_no_piece_arrives_in_time_is_a_warning() -> None:
+    """Two pieces of 5 MB share the line: with less than 58 kB/s each takes over 180 s."""
+    assert PIECE_S == listener.BODY_S
+    for rate, is_too_slow in ((58_000, True), (59_000, False)):
+        found = cost(Link(MBIT, rate, 0.05), study_of(upload_s=1e5), LARGE)
+        assert ("no update will arrive" in found.text) == is_too_slow
+        assert found.level == ("warning" if is_too_slow else "ok")
+    assert cost(Link(MBIT, 100.0, 0.05), study_of(upload_s=1e5), SMALL).level == "ok"
 
 
 # The measurement
