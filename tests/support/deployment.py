@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,6 +75,32 @@ class Consortium:
     def site(self, name: str) -> Path:
         return self.folder / "sites" / name / "site.toml"
 
+    def state(self, name: str) -> Path:
+        """The folder that a site keeps its books in."""
+        return self.site(name).parent / "state"
+
+    def superlink(self) -> int | None:
+        """The coordinator's SuperLink by its pid; None while there is none."""
+        coordinator = self.running.get("coordinator")
+        pids = children(coordinator.pid) if coordinator else []
+        return next((p for p in pids if is_superlink_of(self.run_dir, command_line(p))), None)
+
+    def kill(self, name: str) -> bool:
+        """As a power cut does: a program, or ``superlink`` alone; False where it had ended."""
+        if name == "superlink":
+            pid = self.superlink()
+            if pid is not None:
+                os.kill(pid, signal.SIGKILL)
+            return pid is not None
+        self.running[name].kill()
+        return self.running[name].wait() == -signal.SIGKILL
+
+    def left_over(self) -> list[int]:
+        """SuperLinks of this consortium whose coordinator is gone."""
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+        ours = [pid for pid in pids if is_superlink_of(self.run_dir, command_line(pid))]
+        return [pid for pid in ours if pid != self.superlink()]
+
     def wait(self, name: str, timeout_s: float = 120) -> int:
         try:
             return self.running[name].wait(timeout_s)
@@ -98,6 +125,9 @@ class Consortium:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pid in self.left_over():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def found(
@@ -166,6 +196,28 @@ def found(
             (home / "state").mkdir()
             Approvals(home / "state").approve(loaded, by="Test", now=now)
     return Consortium(folder, tuple(names), study, port)
+
+
+def children(pid: int) -> list[int]:
+    """What a process started and has not waited for."""
+    try:
+        tasks = [task / "children" for task in Path(f"/proc/{pid}/task").iterdir()]
+        return [int(child) for task in tasks for child in task.read_text().split()]
+    except OSError:  # it ended meanwhile
+        return []
+
+
+def command_line(pid: int) -> bytes:
+    """As it was typed, with zeros between the words; empty once the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def is_superlink_of(run_dir: Path, words: bytes) -> bool:
+    """Whether this is the command line of a SuperLink that logs into a run folder."""
+    return b"server.superlink.service" in words and bytes(run_dir) + b"/" in words
 
 
 def free_port() -> int:
