@@ -154,7 +154,8 @@ def test_the_coordinators_unit_resumes_a_run_that_has_begun(tmp_path: Path) -> N
 
     assert arguments().endswith(f"--run-dir {tmp_path}/run")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "epoch-1.json").touch()
+    assert arguments().endswith(f"--run-dir {tmp_path}/run")
+    (tmp_path / "run" / "epoch-2.json").touch()  # one member did not take part in the first
     assert arguments().endswith(f"--run-dir {tmp_path}/run --resume")
 
 
