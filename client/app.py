@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+from client.room import Room
 from client.round import answer
 from client.simulated import simulated_site
 from client.site import Site
@@ -27,6 +29,7 @@ from common.errors import (
     PolicyError,
     VersionMismatch,
 )
+from common.facts import sizes
 from common.messages import Greeting, Introduction, Reason, Refusal
 from common.messages import Message as Reply
 from common.simulation import SIMULATION, STUDY, Simulation, run_folder
@@ -64,6 +67,20 @@ def reply_to(message: Message, answered: Callable[[Reply], Reply]) -> Message:
         # An exception's text may hold a path or a patient: it must not travel.
         log.exception("defect while answering")
         return Message(Error(code=UNEXPECTED, reason="see the site's log"), reply_to=message)
+
+
+def reply_with_room(message: Message, answered: Callable[[Reply], Reply], room: Room) -> Message:
+    """The same; where the disk is full, as soon as there is room, while somebody waits for it."""
+    ends = message.metadata.created_at + message.metadata.ttl
+
+    def answer_once(request: Reply) -> Reply:
+        return room.wait_through(
+            partial(answered, request),
+            num_bytes=sum(sizes(request).values()),  # an upload is no longer than the model
+            within_s=ends - time.time(),
+        )
+
+    return reply_to(message, answer_once)
 
 
 def reason_of(error: FederationError) -> Reason:

@@ -41,21 +41,29 @@ def site(
 def take_part(config: SiteConfig, log_format: LogFormat) -> None:
     """Stay connected and answer, until a signal says stop."""
     check_key_mode(deployed(config).key)  # before torch is imported: that takes seconds
-    from client.app import reply_to
+    from client.app import reply_with_room
     from client.hospital import Hospital
     from client.place import Place
+    from client.room import Room, Stopped
     from client.runtime import serve
 
     start_logging(log_format)
     log = logging.getLogger("consilium.site")
-    hospital, stopped = Hospital(config), threading.Event()
+    stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    hospital.audit.append("started", site=config.name)
-    log.info("%s takes part; %d studies approved", config.name, len(hospital.approvals.lines()))
-    answer = partial(reply_to, answered=hospital.answer)
-    serve(Place.of(config), answer, stopped, hospital.pause_s)
-    hospital.audit.append("stopped", site=config.name)
+    room = Room(config.state_dir, stopped)
+    try:
+        hospital = room.wait_through(partial(Hospital, config))
+        tell = partial(hospital.audit.append, site=config.name)
+        room.wait_through(partial(tell, "started"))
+        log.info("%s takes part; %d studies approved", config.name, len(hospital.approvals.lines()))
+        answer = partial(reply_with_room, answered=hospital.answer, room=room)
+        serve(Place.of(config), answer, stopped, hospital.pause_s)
+        room.wait_through(partial(tell, "stopped"))
+    except Stopped:
+        log.warning("stopped while the disk is full: the audit log has no line of it")
+        return
     log.info("stopped")
 
 

@@ -17,7 +17,7 @@ from client.policy import check_policy, check_unit
 from client.round import COORDINATOR, answer
 from client.site import AUDIT, Site, Source, open_site, pick_device, utc_now
 from common.audit import MAX_VALUE_CHARS, AuditLog
-from common.disk import hold_lock, replace_file
+from common.disk import hold_lock, is_full, replace_file
 from common.errors import ConfigError, DataError, FederationError, PolicyError, RemoteProtocolError
 from common.facts import facts_of
 from common.manifest import Manifest
@@ -62,6 +62,7 @@ class Hospital:
 
         Raises:
           FederationError: The hospital does not answer; the reason stays here.
+          OSError: The disk is full; the same message may be answered again.
         """
         self._num_refused += 1
         answered = self._answer(message)
@@ -73,8 +74,10 @@ class Hospital:
             return self._audited(message, self._introduce)
         try:
             site = self._site_for(message)
-        except Exception as error:  # noqa: BLE001 - raised again once it is in the audit log
-            refusal = error
+        except Exception as error:
+            if is_full(error):
+                raise
+            refusal = error  # raised again once it is in the audit log
             return self._audited(message, functools.partial(_refuse, error=refusal))
         return answer(message, site)
 
@@ -117,7 +120,8 @@ class Hospital:
             self.audit.append("refused", peer=COORDINATOR, rule=error.rule, reason=reason)
             raise
         except Exception as error:
-            self.audit.append("refused", peer=COORDINATOR, rule="", reason=type(error).__name__)
+            if not is_full(error):
+                self.audit.append("refused", peer=COORDINATOR, rule="", reason=type(error).__name__)
             raise
         self.audit.append("sent", peer=COORDINATOR, **facts_of(said))
         return said

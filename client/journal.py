@@ -8,6 +8,8 @@ site would say things twice.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from common.config import Frozen
-from common.disk import sync_folder
+from common.disk import has_room, name_file, replace_file, sync_folder
 from common.errors import DataError, LocalProtocolError
 from common.secagg.phases import Phase
 
@@ -35,6 +37,9 @@ CREATE TABLE IF NOT EXISTS counter (writes INTEGER NOT NULL);
 """
 JOURNAL, RELEASED = "journal.sqlite", "released.sqlite"
 LEAVE = "what was already said is unknown: this site must leave the run"
+LITTLE_BYTES = 1 << 20  # more than SQLite needs for one transaction
+
+log = logging.getLogger("consilium.site")
 
 
 class Memory(Frozen):
@@ -98,27 +103,33 @@ class Journal:
 
         Raises:
           DataError: R6. It is damaged, older than this site remembers, or gone.
+          OSError: The disk is full.
         """
         self._folder, self._mark = path.parent, path.with_suffix(".mark")
         self._known = 0  # writes, when this process last read
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._mark.exists() and not path.exists():
             raise DataError(f"journal {path} is gone; {LEAVE}", rule="R6")
+        common = released or path.with_name(RELEASED)
         try:
-            self._database = sqlite3.connect(path, isolation_level=None)
-            common = released or path.with_name(RELEASED)
-            # Attached, so that both are written in one transaction.
-            self._database.execute("ATTACH DATABASE ? AS hospital", (str(common),))
-            for schema in ("main", "hospital"):
-                self._database.execute(f"PRAGMA {schema}.synchronous = EXTRA")
-                self._database.execute(f"PRAGMA {schema}.secure_delete = ON")
-            self._database.executescript(SCHEMA)
+            with self._room():
+                self._open(path, common)
         except sqlite3.DatabaseError as error:
             raise DataError(f"journal {path} is damaged ({error}); {LEAVE}", rule="R6") from None
-        path.chmod(0o600)
-        common.chmod(0o600)
         self.check()
         self._check_released(common)
+        self._remove_bodies()
+
+    def _open(self, path: Path, common: Path) -> None:
+        self._database = sqlite3.connect(path, isolation_level=None)
+        # Attached, so that both are written in one transaction.
+        self._database.execute("ATTACH DATABASE ? AS hospital", (str(common),))
+        for schema in ("main", "hospital"):
+            self._database.execute(f"PRAGMA {schema}.synchronous = EXTRA")
+            self._database.execute(f"PRAGMA {schema}.secure_delete = ON")
+        self._database.executescript(SCHEMA)
+        path.chmod(0o600)
+        common.chmod(0o600)
 
     def check(self) -> None:
         """Begin to read: refuse a journal that was put back from a backup.
@@ -137,6 +148,8 @@ class Journal:
                 rule="R6",
             )
         self._known = written
+        if marked < written:
+            self._put_mark()  # a crash, or a full disk, came between the two
 
     def _check_released(self, common: Path) -> None:
         query = (
@@ -188,18 +201,20 @@ class Journal:
         return None if found is None else int(found)
 
     def body(self, sum_number: int) -> NDArray[np.uint8]:
-        """The body of the last upload.
+        """The body of the last upload, to be sent once more.
 
         Raises:
           DataError: R6. Its file is gone.
         """
+        log.info("sum %d was answered before: the stored upload is sent again", sum_number)
         try:
             return np.fromfile(self._body(sum_number), np.uint8)
         except OSError:
             text = f"the body of sum {sum_number} is gone from {self._folder}; {LEAVE}"
             raise DataError(text, rule="R6") from None
 
-    # Writing: what is written is on disk when a method returns
+    # Writing: what is written is on disk when a method returns. Where the disk is full, an OSError
+    # says so, and nothing of it counts.
 
     def begin_epoch(self, epoch: EpochMemory, digest: str, run: str, *, is_new_run: bool) -> None:
         """Take part in an epoch: remember its manifest for good; a new run counts sums anew."""
@@ -220,19 +235,22 @@ class Journal:
         """Keep a whole upload in the place of the one before."""
         path = self._body(last.sum_number)
         beside = path.with_suffix(f".{os.getpid()}")
-        with beside.open("wb") as file:  # a blob would cost a database twice its size in writes
-            os.fchmod(file.fileno(), 0o600)
-            file.write(body.data)
-            file.flush()
-            os.fsync(file.fileno())
-        with self._transaction():
-            beside.rename(path)
-            sync_folder(self._folder)  # the name too must survive a power cut
-            self._put("epoch", epoch)
-            self._put("sum", last)
-        for old in self._folder.glob("answer-*.bin"):
-            if old != path:
-                old.unlink()
+        try:
+            with beside.open("wb") as file:  # a blob would cost a database twice its size in writes
+                os.fchmod(file.fileno(), 0o600)
+                file.write(body.data)
+                file.flush()
+                os.fsync(file.fileno())
+            with self._transaction():
+                beside.rename(path)
+                sync_folder(self._folder)  # the name too must survive a power cut
+                self._put("epoch", epoch)
+                self._put("sum", last)
+        except OSError as error:
+            name_file(error, path)
+            raise
+        finally:
+            self._remove_bodies()
 
     def record_answer(self, epoch: EpochMemory, last: SumMemory, releases: Releases) -> None:
         """Remember what a sum released, for this run and for every study of this site."""
@@ -249,6 +267,15 @@ class Journal:
         """Let go of the file."""
         self._database.close()
 
+    def _remove_bodies(self) -> None:
+        """All but the last upload's: what a crash or a full disk left of others, too."""
+        with self._room():
+            last = self.sum()
+        kept = self._body(last.sum_number) if last else None
+        for path in self._folder.glob("answer-*"):
+            if path != kept:
+                path.unlink()
+
     def _body(self, sum_number: int) -> Path:
         return self._folder / f"answer-{sum_number}.bin"
 
@@ -264,30 +291,43 @@ class Journal:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All of it or nothing; the mark follows, so that it is never ahead of the journal."""
-        self._database.execute("BEGIN IMMEDIATE")
+        with self._room():
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                number = self._next_number()
+                yield
+                self._database.execute("DELETE FROM counter")
+                self._database.execute("INSERT INTO counter VALUES (?)", (number,))
+                self._database.execute("COMMIT")
+            except BaseException:
+                if self._database.in_transaction:  # else SQLite ended it: the disk was full
+                    self._database.execute("ROLLBACK")
+                raise
+        self._known = number
+        self._put_mark()
+
+    def _next_number(self) -> int:
         number = self._num_writes() + 1
         if number != self._known + 1:
-            self._database.execute("ROLLBACK")
             raise LocalProtocolError(
                 "another process of this site wrote to the journal meanwhile; run one only"
             )
+        return number
+
+    def _put_mark(self) -> None:
+        """The number of writes, in a file of its own."""
+        replace_file(self._mark, str(self._known).encode())
+
+    @contextmanager
+    def _room(self) -> Iterator[None]:
+        """SQLite has words of its own for a full disk: the operating system's are raised."""
         try:
             yield
-            self._database.execute("DELETE FROM counter")
-            self._database.execute("INSERT INTO counter VALUES (?)", (number,))
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
-        self._known = number
-        beside = self._mark.with_suffix(".new")
-        with beside.open("w") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(str(number))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(self._mark)
-        sync_folder(self._folder)
+        except sqlite3.OperationalError as error:
+            is_full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+            if not is_full and has_room(self._folder, LITTLE_BYTES):
+                raise
+            raise OSError(errno.ENOSPC, str(error), str(self._folder / JOURNAL)) from None
 
     def _num_writes(self) -> int:
         row = self._database.execute("SELECT writes FROM counter").fetchone()

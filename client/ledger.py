@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
-from typing import BinaryIO
 
 from client.config import Budget
 from common.accounting import Event, epsilon_of
 from common.audit import GENESIS
+from common.disk import append, is_full, sync_folder
 from common.errors import BudgetExhausted, DataError
 
 LEDGERS = "ledgers"  # folder in a site's state folder
@@ -58,6 +59,7 @@ class Ledger:
 
         Raises:
           BudgetExhausted: It does not fit; nothing is charged, and no data may be opened.
+          OSError: The disk is full; the same.
         """
         with self._path.open("ab", buffering=0) as file:
             # Several processes of one site may hold this ledger: check and charge are one step.
@@ -77,18 +79,18 @@ class Ledger:
             os.fchmod(file.fileno(), 0o600)
             self._append(file, json.dumps(line).encode() + b"\n")
 
-    def _append(self, file: BinaryIO, line: bytes) -> None:
+    def _append(self, file: FileIO, line: bytes) -> None:
         """Write one line whole or not at all: half of one would close this data set."""
-        before = file.seek(0, os.SEEK_END)
         try:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+            append(file, line)
+            if file.tell() == len(line):
+                sync_folder(self._path.parent)  # the name of a new ledger survives a power cut
         except OSError as error:
-            os.ftruncate(file.fileno(), before)
+            if is_full(error):
+                raise  # the debit is tried again as soon as there is room
             raise DataError(
                 f"the ledger of {self._data_name} cannot be written ({error.strerror}): nothing "
-                "was charged and no image opened; make room on the disk"
+                "was charged and no image opened; repair the disk"
             ) from None
 
     def check(self, planned: list[Event], what: str) -> None:

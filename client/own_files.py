@@ -61,8 +61,8 @@ class OwnFiles:
             content = b""
         if content == self._list:
             return
-        self._list = content  # once is enough, also where it is not taken
         try:
             trust.revoked_by(content, self._now())
         except (RemoteProtocolError, ValueError) as error:
             log.warning("certificates.revoked %s was not taken: %s", self._files.revoked, error)
+        self._list = content  # once is enough, also where it is not taken

@@ -18,7 +18,8 @@ head that was stated is still in the log. Lines after the last statement are not
 A crash in the middle of a write leaves a torn last line, one without a line break. Nobody was told
 its hash, so it may go: ``verify`` reports it while it is the last; the next ``append`` cuts it off
 and says so in a line of its own, ``repaired``, with the length and the SHA-256 of what was cut. (A
-second crash, between the cut and that line, loses the trace.) Any other damage stops the party.
+second crash, between the cut and that line, loses the trace.) A disk that fills up tears no line:
+what it took of one is cut off at once. Any other damage stops the party.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
 
-from common.disk import sync_folder
+from common.disk import append, sync_folder
 from common.errors import DataError, LocalProtocolError
 from common.secagg.encoding import digest
 
@@ -102,7 +103,8 @@ class AuditLog:
           The new head; 64 hex digits.
 
         Guarantees:
-          Only the end of the file is read, however long it is. The file is this user's alone.
+          Only the end of the file is read, however long it is. The file is this user's alone. Where
+          the disk has no room for the line, an OSError says so and the file is as it was.
 
         Raises:
           LocalProtocolError: A fact is too long or has a name of the log's own; nothing is written.
@@ -117,10 +119,7 @@ class AuditLog:
             os.fchmod(file.fileno(), _MODE)
             last, torn = _read_end(file, self._path)
             lines = list(self._lines_after(last, torn, event, facts))
-            if torn:
-                file.truncate(file.seek(0, os.SEEK_END) - len(torn))
-            _write_all(file, b"".join(line.text for line in lines))
-            os.fsync(file.fileno())
+            append(file, b"".join(line.text for line in lines), instead_of=torn)
             if last is _START:
                 sync_folder(self._path.parent)
         return lines[-1].hash
@@ -275,12 +274,6 @@ def _read_end(file: FileIO, path: Path) -> tuple[_Line, bytes]:
             f"audit log {path}, last line: {error}; nothing goes on without the log: run "
             "`audit verify`, which names the first line that is wrong"
         ) from None
-
-
-def _write_all(file: FileIO, content: bytes) -> None:
-    """A disk that is nearly full takes a part, and refuses the rest with an error."""
-    while content:
-        content = content[file.write(content) :]
 
 
 def _check_facts(event: str, facts: Facts) -> None:

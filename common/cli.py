@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from common.config import parse_assignment
+from common.disk import disk_full, is_full
 from common.errors import FederationError
 
 StudyOption = Annotated[Path, typer.Option(help="Study file (TOML).")]
@@ -31,17 +32,27 @@ ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run i
 def start(command: Callable[..., Any] | typer.Typer) -> None:
     """Run a command line and exit.
 
-    A ``FederationError`` is printed to stderr without a traceback, and its exit code returned.
+    A ``FederationError`` is printed to stderr without a traceback, and its exit code returned; so
+    is a full disk, wherever it was met.
     """
     app = command
     if not isinstance(app, typer.Typer):
         app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
         app.command()(command)
     try:
-        app()
+        _call(app)
     except FederationError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def _call(app: typer.Typer) -> None:
+    try:
+        app()
+    except OSError as error:
+        if not is_full(error):
+            raise
+        raise disk_full(error, then="try again") from None
 
 
 def overrides_of(assignments: list[str], seed: int | None = None) -> dict[str, Any]:

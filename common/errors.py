@@ -82,3 +82,10 @@ class RoundAborted(FederationError):  # noqa: N818 - the house's word for it
 
     exit_code = 7
     who_acts = "The coordinator brings the missing sites back and resumes the run."
+
+
+class DiskFull(FederationError):  # noqa: N818 - what it is
+    """A disk has no room for what has to be kept."""
+
+    exit_code = 8
+    who_acts = "The operator makes room on the disk that the message names and starts again."

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from common.disk import append
 from common.errors import FederationError
 from common.messages import Message
 from common.record import as_table
@@ -60,13 +61,11 @@ class Evidence:
         }
         content = json.dumps(line).encode() + b"\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
+        with self._path.open("ab", buffering=0) as file:
             os.fchmod(file.fileno(), 0o600)
             self._written[by] += len(content)
             if (
                 file.tell() + len(content) <= MAX_BYTES
                 and self._written[by] <= MAX_BYTES_PER_SENDER
             ):
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+                append(file, content)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -12,11 +14,17 @@ import typer
 
 from common.cli import ResumeOption, RunDirOption, SetOption, overrides_of, start
 from common.config import load
+from common.disk import disk_full, existing, free_bytes, has_room, is_full, megabytes
 from common.logs import LogFormatOption, start_logging
 from common.study import Study
 from server.config import CoordinatorConfig
 
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
+ROUND_MODELS = 5  # that a round writes at most: the sum, the model, an optimizer of three
+BOOKS_BYTES = 4 << 20
+RETRY_S = 3.0
+
+log = logging.getLogger("consilium.coordinator")
 
 
 def serve(
@@ -44,16 +52,43 @@ def serve(
     start_logging(log_format)
     # Started by hand or by a service manager: both signals end the run the same way.
     signal.signal(signal.SIGTERM, _interrupt)
-    from server.deployed import coordinate
+    from server.deployed import coordinate, largest_upload
     from server.progress import print_summary
 
     folder = run_dir or Path("runs") / planned.name
+    going_on = f"fl-server --resume --run-dir {folder} goes on"
     try:
+        wait_for_room(folder, ROUND_MODELS * largest_upload(planned) + BOOKS_BYTES)
+        wait_for_room(own.state_dir, BOOKS_BYTES)
         summary = coordinate(planned, own, folder, resume=resume)
     except KeyboardInterrupt:
-        print(f"stopped; fl-server --resume --run-dir {folder} goes on")
+        print(f"stopped; {going_on}")
         raise typer.Exit(STOPPED) from None
+    except OSError as error:
+        if not is_full(error):
+            raise
+        # Waiting here would let the sites' deadlines pass; a run that is resumed begins them anew.
+        raise disk_full(error, then=going_on) from None
     print_summary(summary, folder)
+
+
+def wait_for_room(folder: Path, num_bytes: int) -> None:
+    """Until a folder's disk takes so much: a start without room would end where it began."""
+    if free_bytes(folder) >= num_bytes:
+        return
+    told = False
+    while not has_room(existing(folder), num_bytes):
+        if not told:
+            log.warning(
+                "%s: the disk is full (%s free): waiting until %s are free; make room",
+                folder,
+                megabytes(free_bytes(folder)),
+                megabytes(num_bytes),
+            )
+            told = True
+        time.sleep(RETRY_S)
+    if told:
+        log.info("%s: there is room again", folder)
 
 
 def _interrupt(_: int, __: FrameType | None) -> NoReturn:

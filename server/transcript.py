@@ -48,9 +48,15 @@ class ObservedNetwork:
                 lines.append(self._line("received", site, reply))
                 yield site, reply
                 del reply  # a body: the next one comes in its place
-        finally:
-            with self._path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+        except BaseException:
+            with contextlib.suppress(OSError):  # a run that ends on a full disk says so itself
+                self._note(lines)
+            raise
+        self._note(lines)
+
+    def _note(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def _line(self, direction: str, site: str, message: Message) -> dict[str, Any]:
         line = {

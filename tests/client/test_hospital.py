@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import tomllib
@@ -172,6 +173,26 @@ def test_whatever_fails_while_answering_is_a_line_with_its_kind_alone(
     assert "RecursionError" in lines[1]["reason"]
 
 
+@pytest.mark.parametrize("where", ["propose", "_site_for"])
+def test_a_full_disk_is_no_refusal_and_the_same_message_is_answered_later(
+    world: World, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.approve()
+    hospital = world.hospital()
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = greeting(world.study) if where == "propose" else Invitation("{}", b"", b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(hospital.approvals if where == "propose" else hospital, where, no_room)
+        with pytest.raises(OSError, match="No space left"):
+            hospital.answer(message)
+    assert hospital.answer(greeting(world.study)) == Introduction(0)
+    assert "refused" not in {line["event"] for line in world.audit()}
+    assert hospital.pause_s() == 0
+
+
 def test_refusals_in_a_row_slow_this_site_down_and_a_good_message_ends_that(world: World) -> None:
     world.approve()
     hospital, pauses = world.hospital(), []
@@ -318,6 +339,24 @@ def test_a_list_of_its_own_that_is_not_the_newest_changes_nothing(
         hospital._credentials(world.study)
     assert remembered.read_bytes() == before
     assert caplog.text.count("was not taken") == 1
+
+
+def test_a_list_that_the_disk_had_no_room_for_is_taken_as_soon_as_it_has(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.edit(certificates__revoked="own.crl")
+    hospital = world.hospital()
+    (world.folder / "own.crl").write_bytes(world.listed(3, []))
+
+    def no_room(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.roster.replace_file", no_room)
+        with pytest.raises(OSError, match="No space left"):
+            hospital._credentials(world.study)
+    hospital._credentials(world.study)
+    assert (world.home / NEWEST_LIST).read_bytes() == (world.folder / "own.crl").read_bytes()
 
 
 def test_check_says_whether_its_own_list_counts(world: World) -> None:

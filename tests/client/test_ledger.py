@@ -111,11 +111,26 @@ def test_a_full_disk_charges_nothing_and_leaves_no_half_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"nothing was charged.*make room"):
+        with pytest.raises(OSError, match="No space left on device: '.*xrays.jsonl'"):
             ledger.debit("run", 1, EVENT, num_rounds=9)
     assert (tmp_path / "xrays.jsonl").read_bytes() == before
     ledger.debit("run", 1, EVENT, num_rounds=9)
     assert len(_ledger(tmp_path).events_of("run")) == 2
+
+
+def test_a_disk_that_fails_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ledger = _ledger(tmp_path)
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fail)
+        with pytest.raises(DataError, match=r"nothing was charged.*repair the disk"):
+            ledger.debit("run", 0, EVENT, num_rounds=9)
+    assert (tmp_path / "xrays.jsonl").read_bytes() == b""
 
 
 def test_a_head_stays_true_while_lines_are_added_and_is_missed_when_they_are_cut(

@@ -19,6 +19,7 @@ EXIT_CODES = {
     "VersionMismatch": 5,
     "PolicyError": 6,
     "RoundAborted": 7,
+    "DiskFull": 8,
 }
 CHILDREN_OF_PROTOCOL_ERROR = {"LocalProtocolError", "RemoteProtocolError"}
 PARENTS = {
