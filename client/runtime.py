@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
-import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import httpx
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
 from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.proto.fleet_pb2 import (
@@ -46,24 +45,23 @@ from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPushError,
     inflate_object_from_contents,
     pull_objects,
-    push_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from client.contact import Contact, growing
 from client.finding import one_line
 from client.place import TIMEOUT_S, Place, open_line
+from client.transfer import PASSING, Meter, NotKept, persistently, send
 from common.errors import FederationError
 from common.identity import Identity
 from common.objects import num_bytes_together
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0  # between two questions "anything for me?"
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0  # between two attempts to connect
-STEADY_S = 5.0  # a connection that held so long is a new beginning
 HEARTBEAT_S = 20.0  # Flower counts a silent site as gone after twice 30 s
-PASSING = (408, 429, 502, 503, 504)  # HTTP statuses after which the same may be tried again
+MISSED_S = 5.0  # until another one, where one did not arrive
 REDIRECTS = range(300, 400)  # never followed: they would choose whom this machine calls
 MAX_OBJECTS = 4096  # of one message; 2 GiB are some 430 pieces of 5 MB
 MAX_MESSAGE_BYTES = 2 << 30  # as common.wire.MAX_ARRAY_BYTES: half a billion weights
@@ -148,15 +146,19 @@ class Connection:
 
     def _taken(self, run_id: int, whole: str, ids: list[str]) -> Message:
         """A message put together from its objects."""
-        contents = pull_objects(
-            ids,
-            _metered(make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)),
-            initial_backoff=FIRST_BACKOFF_S,
-            backoff_cap=LONGEST_BACKOFF_S,
+        fetch = make_pull_object_fn_protobuf(self._client.PullObject, self._node, run_id)
+        with Meter("fetching", "fetched") as meter:
+            meter.expect(len(ids))
+            contents = pull_objects(
+                ids,
+                partial(self._fetched, fetch, meter),
+                initial_backoff=FIRST_BACKOFF_S,
+                backoff_cap=LONGEST_BACKOFF_S,
+            )
+        done = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=run_id, message_object_id=whole
         )
-        self._client.ConfirmMessageReceived(
-            ConfirmMessageReceivedRequest(node=self._node, run_id=run_id, message_object_id=whole)
-        )
+        persistently(partial(self._client.ConfirmMessageReceived, done), self._stopped)
         if num_bytes_together(contents) > MAX_MESSAGE_BYTES:
             raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
         message = inflate_object_from_contents(whole, contents)
@@ -165,33 +167,20 @@ class Connection:
         message.metadata.__dict__["_message_id"] = whole
         return message
 
+    def _fetched(self, fetch: Callable[[str], bytes], meter: Meter, object_id: str) -> bytes:
+        content = persistently(partial(fetch, object_id), self._stopped)
+        if meter.moved(len(content)) > MAX_MESSAGE_BYTES:  # all objects so far
+            raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
+        return content
+
     def push(self, reply: Message) -> None:
-        """Send a reply, objects and all.
+        """Send a reply: of its objects those that the coordinator lacks.
 
         Raises:
           Disconnected: It did not arrive whole.
         """
         with _as_disconnected(), no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
-            answer = self._client.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(remove_content_from_message(reply))],
-                    message_object_trees=[tree],
-                    clientapp_runtime_list=[0.0],
-                )
-            )
-            push_objects(
-                objects,
-                make_push_object_fn_protobuf(
-                    self._client.PushObject,
-                    self._node,
-                    reply.metadata.run_id,
-                    answer.session_id,
-                ),
-                object_ids_to_push=set(answer.objects_to_push),
-            )
+            send(_Outgoing(self._client, self._node, reply), self._stopped)
 
     def _activate(self) -> int:
         request = ActivateNodeRequest(
@@ -225,13 +214,51 @@ class Connection:
         beat = SendNodeHeartbeatRequest(
             node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
         )
-        while not self._stopped.wait(HEARTBEAT_S):
+        pause_s = HEARTBEAT_S
+        while not self._stopped.wait(pause_s):
+            pause_s = HEARTBEAT_S
             try:
                 with _as_disconnected():
                     self._client.SendNodeHeartbeat(beat)
             except Disconnected as error:
+                pause_s = min(HEARTBEAT_S, MISSED_S)
                 if not self._stopped.is_set():
                     log.warning("a sign of life did not arrive: %s", error)
+
+
+class _Outgoing:
+    """A reply on its way; see ``client.transfer.Outgoing``."""
+
+    def __init__(self, client: FleetHttpClient, node: Node, reply: Message) -> None:
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        self._client, self._node, self._run_id = client, node, reply.metadata.run_id
+        self._objects = get_all_nested_objects(reply)
+        self._request = PushMessagesRequest(
+            node=node,
+            messages_list=[message_to_proto(remove_content_from_message(reply))],
+            message_object_trees=[get_object_tree(reply)],
+            clientapp_runtime_list=[0.0],
+        )
+
+    def announce(self) -> dict[str, int]:
+        answer = self._client.PushMessages(self._request)
+        self._push = make_push_object_fn_protobuf(
+            self._client.PushObject, self._node, self._run_id, answer.session_id
+        )
+        lacking = set(answer.objects_to_push)
+        objects = self._objects.items()
+        return {name: _num_bytes(each) for name, each in objects if name in lacking}
+
+    def send(self, object_id: str) -> None:
+        try:
+            self._push(object_id, self._objects[object_id].deflate())
+        except ObjectPushError:
+            raise NotKept from None
+
+
+def _num_bytes(each: object) -> int:
+    """Of a piece of an array; all others are small."""
+    return len(each.data) if isinstance(each, ArrayChunk) else 0
 
 
 def _fleet_client(place: Place, identity: Identity) -> FleetHttpClient:
@@ -265,25 +292,18 @@ def serve(
       stopped: Set it to end, after the message that is being answered.
       pause_s: Asked after every answer: how long to wait before the next message is taken.
     """
-    waits, told, unsent = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), "", Unsent()
+    contact, unsent = Contact(place.address), Unsent()
     while not stopped.is_set():
-        steady_at = math.inf
         try:
             with Connection(place) as connection:
-                log.info("connected to %s", place.address)
-                steady_at = time.monotonic() + STEADY_S
+                contact.made()
                 _answer_all(connection, reply, unsent, stopped, pause_s)
             continue
         except Disconnected as error:
             reason = str(error)
         except Exception as error:  # noqa: BLE001 - nothing that a peer does may end a site
             reason = f"a defect ({type(error).__name__})"  # its text may be the peer's
-        if time.monotonic() > steady_at:  # not one that ends as soon as it began
-            waits, told = _growing(FIRST_WAIT_S, LONGEST_WAIT_S), ""
-        if reason != told:  # once, not every five seconds of a night
-            log.warning("%s: %s; trying again for ever", place.address, reason)
-            told = reason
-        stopped.wait(next(waits))
+        stopped.wait(contact.lost(reason))
 
 
 @dataclass
@@ -292,12 +312,17 @@ class Unsent:
 
     reply: Message | None = None
 
-    def send(self, connection: Connection) -> None:
-        """Send what waits, if anything does."""
-        if self.reply is not None:
-            with contextlib.suppress(Withdrawn):
-                connection.push(self.reply)
-            self.reply = None
+    def send(self, connection: Connection, done: str = "") -> None:
+        """Send what waits, if anything does; ``done`` is for the log."""
+        if self.reply is None:
+            return
+        try:
+            connection.push(self.reply)
+            if done:
+                log.info(done)
+        except Withdrawn:
+            log.info("nobody waits any more for what this site answered")
+        self.reply = None
 
 
 def _answer_all(
@@ -307,44 +332,21 @@ def _answer_all(
     stopped: threading.Event,
     pause_s: Callable[[], float],
 ) -> None:
-    unsent.send(connection)
-    pauses = _growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+    unsent.send(connection, "the answer that the connection broke under has arrived")
+    pauses = growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
     while not stopped.is_set():
         message = connection.pull()
         if message is not None:
             unsent.reply = reply(message)
+            del message  # its model: the answer may be as large
             unsent.send(connection)
             stopped.wait(pause_s())
-            pauses = _growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
+            pauses = growing(FIRST_PAUSE_S, LONGEST_PAUSE_S)
         elif connection.is_outdated:
             log.info("the certificate was renewed: connecting with the new one")
             return
         else:
             stopped.wait(next(pauses))
-
-
-def _growing(first: float, longest: float) -> Iterator[float]:
-    """Pauses that grow by half, with some chance in them: sites must not ask in step."""
-    pause = first
-    while True:
-        yield pause * random.uniform(0.8, 1.2)  # noqa: S311 - no secret
-        pause = min(longest, pause * 1.5)
-
-
-def _metered(pull: Callable[[str], bytes]) -> Callable[[str], bytes]:
-    """The same, until all that was pulled takes more memory than a message may."""
-    lock, num_bytes = threading.Lock(), 0
-
-    def metered(object_id: str) -> bytes:
-        nonlocal num_bytes
-        content = pull(object_id)
-        with lock:
-            num_bytes += len(content)
-        if num_bytes > MAX_MESSAGE_BYTES:
-            raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
-        return content
-
-    return metered
 
 
 @contextlib.contextmanager
@@ -361,8 +363,10 @@ def _as_disconnected() -> Iterator[None]:
     except (httpx.NetworkError, httpx.TimeoutException, httpx.ProxyError) as error:
         text = one_line(str(error)) or type(error).__name__  # of this machine or its proxy
         raise Disconnected(f"cannot be reached ({text})") from None
-    except (ObjectPullError, ObjectPushError):
+    except ObjectPullError:
         raise Withdrawn("a message was withdrawn while it was on its way") from None
+    except NotKept:
+        raise Disconnected("the coordinator does not keep what arrives") from None
     except FederationError as error:
         raise Disconnected(one_line(str(error))) from None
     except Exception as error:  # noqa: BLE001 - httpx's, protobuf's, Flower's: any of them

@@ -50,6 +50,7 @@ ADAPTERS = {
 SOON_S = 20.0  # it takes a second or two
 INSIDE = {
     "client/runtime.py": """
+        flwr.app.message.arraychunk.ArrayChunk
         flwr.app.message.remove_content_from_message
         flwr.common.constant.HEARTBEAT_DEFAULT_INTERVAL
         flwr.common.serde.message_from_proto
@@ -71,7 +72,6 @@ INSIDE = {
         flwr.supercore.inflatable.inflatable_utils.ObjectPushError
         flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
         flwr.supercore.inflatable.inflatable_utils.pull_objects
-        flwr.supercore.inflatable.inflatable_utils.push_objects
         flwr.supercore.interceptors.RuntimeVersionHttpInterceptor
         flwr.supercore.primitives.asymmetric.public_key_to_bytes
         flwr.supernode.fleet_http_client.FleetHttpClient

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gzip
 import logging
+import re
 import socket
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
@@ -18,21 +19,33 @@ from typing import Self
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
-from flwr.app import Message, RecordDict
+from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.app.message import remove_content_from_message
 from flwr.common.serde import message_to_proto
-from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse, PushMessagesResponse
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeResponse,
+    PullMessagesResponse,
+    PushMessagesRequest,
+    PushMessagesResponse,
+)
 from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
+from flwr.proto.message_pb2 import (
+    PullObjectRequest,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.task_identity import TaskIdentity
 
 import client.place
 import client.runtime
+import client.transfer
 from client.place import Place
 from client.runtime import Connection, Disconnected, serve
 from common.authority import CERTIFICATE, Authority
@@ -518,3 +531,195 @@ def test_a_pause_is_made_after_an_answer_and_not_before(
         assert coordinator.num("pull-messages") == asked
         until(lambda: coordinator.num("pull-messages") > asked)
     assert pauses == [1]
+
+
+# What must not begin anew
+
+
+@dataclass
+class Store:
+    """What a coordinator keeps of one answer; ``hiccup`` may spoil an object's way."""
+
+    hiccup: Callable[[int], bytes | None] = lambda _: None  # by its number: what comes instead
+    loses_answers: bool = False  # to objects that it has kept
+    kept: list[str] = field(default_factory=list)
+    num_asked: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def at(self, coordinator: Coordinator) -> Self:
+        coordinator.answers |= {"push-messages": self.announced, "push-object": self.pushed}
+        return self
+
+    def announced(self, body: bytes) -> bytes:
+        tree = PushMessagesRequest.FromString(body).message_object_trees[0]
+        names = [node.object_id for node in iterate_object_tree(tree)]
+        lacking = [name for name in names if name not in self.kept]
+        found = PushMessagesResponse(objects_to_push=lacking, session_id="a session")
+        return response(found.SerializeToString())
+
+    def pushed(self, body: bytes) -> bytes:
+        with self.lock:
+            self.num_asked += 1
+            instead = self.hiccup(self.num_asked)
+            if instead is None or self.loses_answers:
+                self.kept.append(PushObjectRequest.FromString(body).object_id)
+        stored = PushObjectResponse(stored=True)
+        return response(stored.SerializeToString()) if instead is None else instead
+
+
+def answered(num_arrays: int = 8) -> Message:
+    """A reply of so many arrays, and some objects around them."""
+    arrays = {
+        str(k): Array(dtype="uint8", shape=(9,), stype="raw", data=bytes([k] * 9))
+        for k in range(num_arrays)
+    }
+    return Message(RecordDict({"arrays": ArrayRecord(arrays)}), reply_to=with_id(question()))
+
+
+def with_id(message: Message) -> Message:
+    message.metadata.__dict__["_message_id"] = message.object_id
+    return message
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.transfer, "PAUSES_S", (0.01, 0.02, 0.04))
+
+
+HICCUPS = {
+    "too slow": response(b"", "408 Too Slow"),
+    "too many": response(b"", "429 Too Many"),
+    "bad gateway": response(b"", "502 Bad Gateway"),
+    "unavailable": response(b"", "503 Unavailable"),
+    "gateway timeout": response(b"", "504 Timeout"),
+    "cut": b"",
+    "cut in the answer": b"HTTP/1.1 200 OK\r\ncontent-length: 70\r\n\r\nhalf",
+    "not kept": response(PushObjectResponse(stored=False).SerializeToString()),
+}
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("title", HICCUPS)
+def test_a_hiccup_costs_one_object_of_a_push(
+    title: str, coordinator: Coordinator, place: Place
+) -> None:
+    store = Store(lambda number: HICCUPS[title] if number % 4 == 2 else None).at(coordinator)
+    with Connection(place) as connection:
+        connection.push(answered())
+    assert len(set(store.kept)) == len(store.kept) == 8 + 8 + 3  # arrays, their pieces, around them
+    assert store.num_asked > len(store.kept) + 5
+    assert coordinator.num("activate-node") == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_object_whose_receipt_was_lost_is_not_sent_again(
+    coordinator: Coordinator, place: Place
+) -> None:
+    store = Store(lambda number: b"" if number in (3, 9) else None, loses_answers=True)
+    store.at(coordinator)
+    with Connection(place) as connection:
+        connection.push(answered())
+    assert len(set(store.kept)) == store.num_asked == 8 + 8 + 3
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("title", [title for title in HICCUPS if title != "not kept"])
+def test_a_hiccup_costs_one_object_of_a_pull(
+    title: str, coordinator: Coordinator, place: Place
+) -> None:
+    coordinator.send(question())
+    pull, calls = coordinator.answers["pull-object"], []
+
+    def hiccup(body: bytes) -> bytes:
+        calls.append(PullObjectRequest.FromString(body).object_id)
+        return HICCUPS[title] if calls.count(calls[-1]) < 3 else pull(body)
+
+    coordinator.answers["pull-object"] = hiccup
+    confirm = iter([b"", response(b"", "503 Unavailable")])
+    coordinator.answers["confirm-message-received"] = lambda _: next(confirm, response())
+    with Connection(place) as connection:
+        message = connection.pull()
+    assert message is not None
+    assert len(calls) == 3 * len(set(calls))
+    assert coordinator.num("confirm-message-received") == 3
+    assert coordinator.num("activate-node") == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_question_whose_announcement_was_lost_is_not_asked_for_on_the_same_line(
+    coordinator: Coordinator, place: Place
+) -> None:
+    """It counts as taken: only a site that connects anew is asked again."""
+    coordinator.answers["pull-messages"] = lambda _: response(b"", "503 Unavailable")
+    with Connection(place) as connection, pytest.raises(Disconnected, match="503"):
+        connection.pull()
+    assert coordinator.num("pull-messages") == 1
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_new_connection_sends_only_what_is_missing(
+    coordinator: Coordinator, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "consilium.site")
+    store = Store(lambda number: b"" if 5 < number < 25 else None).at(coordinator)
+    coordinator.send(question())
+    reply = answered()
+    with serving(place, reply=lambda _: reply):
+        until(lambda: len(store.kept) >= 8 + 8 + 3)
+        until(lambda: "the answer that the connection broke under has arrived" in caplog.text)
+    assert coordinator.num("activate-node") > 1
+    assert len(set(store.kept)) == len(store.kept)
+    assert re.search(rf"connected again to {place.address} after \d+ s", caplog.text)
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_answer_that_nobody_waits_for_is_dropped_with_a_line(
+    coordinator: Coordinator, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "consilium.site")
+    coordinator.send(question())
+    coordinator.answers["push-messages"] = lambda _: response(b"", "410 Gone")
+    with serving(place):
+        until(lambda: "nobody waits any more for what this site answered" in caplog.text)
+        asked = coordinator.num("pull-messages")
+        until(lambda: coordinator.num("pull-messages") > asked)
+    assert coordinator.num("push-messages") == 1
+    assert coordinator.num("activate-node") == 1
+
+
+def test_signs_of_life_go_on_while_a_long_answer_is_sent(
+    coordinator: Coordinator, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client.runtime, "HEARTBEAT_S", 0.02)
+    beats: list[int] = []
+
+    def slow(_: int) -> None:
+        time.sleep(0.05)
+        beats.append(coordinator.num("send-node-heartbeat"))
+
+    Store(slow).at(coordinator)
+    with Connection(place) as connection:
+        connection.push(answered())
+    assert beats[-1] > beats[0] + 3
+
+
+def test_a_long_transfer_is_told_of_while_it_goes_on_and_a_short_one_is_not(
+    coordinator: Coordinator,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "consilium.site")
+    Store().at(coordinator)
+    with Connection(place) as connection:
+        connection.push(answered())
+    assert caplog.text == ""
+    monkeypatch.setattr(client.transfer, "SLOW_S", 0.1)
+    monkeypatch.setattr(client.transfer, "EVERY_S", 0.2)
+    Store(lambda _: time.sleep(0.05)).at(coordinator)
+    with Connection(place) as connection:
+        connection.push(answered())
+    *on_the_way, done = (record.getMessage() for record in caplog.records)
+    assert on_the_way
+    assert all(re.fullmatch(r"sending 0\.0 MB: \d+ %, 0\.00 MB/s", line) for line in on_the_way[:1])
+    assert re.fullmatch(r"sent 0\.0 MB in \d+ s, 0\.00 MB/s", done)
