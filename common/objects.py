@@ -1,15 +1,22 @@
-"""Flower's objects before they are put together: how large they would become."""
+"""Flower's objects, put together: how large a message would become, and the message itself."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
-from flwr.app import Array
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
 from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
     get_object_body,
     get_object_head_values_from_object_content,
 )
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 
 def num_bytes_together(contents: Mapping[str, bytes]) -> int:
@@ -21,10 +28,94 @@ def num_bytes_together(contents: Mapping[str, bytes]) -> int:
     Raises:
       Exception: Whatever a peer's bytes do to Flower: they are no message.
     """
-    total = 0
-    for content in contents.values():
-        kind, pieces, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            for index in json.loads(get_object_body(content, Array))["arraychunk_ids"]:
-                total += len(contents[pieces[index]])
-    return total
+    return sum(
+        len(contents[piece])
+        for content in contents.values()
+        if _kind_of(content) == Array.__qualname__
+        for piece in _pieces(content)
+    )
+
+
+def put_together(whole: str, contents: dict[str, bytes]) -> InflatableObject:
+    """What the objects make, as Flower would make it; they are used up on the way.
+
+    Flower's own way has every array in memory three times before it is done; here it is there once,
+    for its pieces go as they are copied.
+
+    Args:
+      whole: Id of the object that consists of the others.
+      contents: Object by id, as a peer sent them; their arrays are no larger than memory allows.
+
+    Raises:
+      Exception: Whatever a peer's bytes do to Flower: they are no message.
+    """
+    kinds = {key: _kind_of(content) for key, content in contents.items()}
+    arrays = [key for key, kind in kinds.items() if kind == Array.__qualname__]
+    uses = Counter(piece for key in arrays for piece in _pieces(contents[key]))
+    made: dict[str, InflatableObject] = {
+        key: _array(contents[key], contents, uses) for key in arrays
+    }
+    for key, kind in kinds.items():
+        if kind == ArrayRecord.__qualname__:
+            made[key] = _record(contents[key], made)
+    return inflate_object_from_contents(whole, contents, objects=made)
+
+
+def _array(content: bytes, contents: dict[str, bytes], uses: Counter[str]) -> Array:
+    """An array whose pieces are copied to their places, and dropped where nobody needs them."""
+    about, pieces = _about(content), _pieces(content)
+    _check_all_used(content, pieces)
+    data = np.empty(sum(len(_body(contents[piece])) for piece in pieces), np.uint8)
+    start = 0
+    for piece in pieces:
+        body = _body(contents[piece])
+        data[start : start + len(body)] = np.frombuffer(body, np.uint8)
+        start += len(body)
+        uses[piece] -= 1
+        if not uses[piece]:
+            del body, contents[piece]
+    data.flags.writeable = False
+    array = Array(about["dtype"], tuple(about["shape"]), about["stype"], b"")
+    array.data = cast("bytes", data)
+    return array
+
+
+def _record(content: bytes, made: Mapping[str, InflatableObject]) -> ArrayRecord:
+    names: dict[str, str] = json.loads(get_object_body(content, ArrayRecord))
+    _check_all_used(content, names.values())
+    record = ArrayRecord()
+    for name, key in names.items():
+        array = made[key]
+        if not isinstance(array, Array):
+            raise TypeError(f"{type(array).__name__} where an array belongs")
+        record[name] = array
+    return record
+
+
+def _kind_of(content: bytes) -> str:
+    kind, _, _ = get_object_head_values_from_object_content(content)
+    return kind
+
+
+def _about(content: bytes) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads(get_object_body(content, Array))
+    return about
+
+
+def _pieces(content: bytes) -> list[str]:
+    """Ids of an array's pieces in order; one may come more than once."""
+    _, ids, _ = get_object_head_values_from_object_content(content)
+    return [ids[index] for index in _about(content)["arraychunk_ids"]]
+
+
+def _check_all_used(content: bytes, ids: Iterable[str]) -> None:
+    _, named, _ = get_object_head_values_from_object_content(content)
+    if set(named) != set(ids):
+        raise ValueError("an object names others than it consists of")
+
+
+def _body(content: bytes) -> memoryview:
+    """What is in a piece, where it lies."""
+    if _kind_of(content) != ArrayChunk.__qualname__:
+        raise TypeError("something else where a piece of an array belongs")
+    return memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]

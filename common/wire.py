@@ -33,26 +33,38 @@ def pack(message: Message) -> RecordDict:
 
 
 def pack_all(messages: Iterable[Message]) -> list[RecordDict]:
-    """Put messages into records; an array that several hold is copied once."""
-    copies: dict[int, Array] = {}
-    return [_pack(message, copies) for message in messages]
+    """Put messages into records; they share what they have in common, and nothing is copied.
+
+    Their arrays must not change until the records are gone.
+    """
+    made: dict[int, Array] = {}
+    return [_pack(message, made) for message in messages]
 
 
-def _pack(message: Message, copies: dict[int, Array]) -> RecordDict:
+def _pack(message: Message, made: dict[int, Array]) -> RecordDict:
     arrays: dict[str, Array] = {}
     values: dict[str, Any] = {"kind": type(message).__name__}
     for field in dataclasses.fields(message):
         value = getattr(message, field.name)
         if isinstance(value, np.ndarray):
-            if id(value) not in copies:
-                little = np.ascontiguousarray(value, value.dtype.newbyteorder("<"))
-                copies[id(value)] = Array(
-                    dtype=value.dtype.name, shape=value.shape, stype=STYPE, data=little.tobytes()
-                )
-            arrays[field.name] = copies[id(value)]
+            if id(value) not in made:
+                made[id(value)] = _packed(value)
+            arrays[field.name] = made[id(value)]
         else:
             values[field.name] = list(value) if isinstance(value, tuple) else _plain(value)
-    return RecordDict({"message": ConfigRecord(values), "arrays": ArrayRecord(arrays)})
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array  # Flower's constructor would copy what it has hashed already
+    return RecordDict({"message": ConfigRecord(values), "arrays": record})
+
+
+def _packed(value: NDArray[Any]) -> Array:
+    little = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).view(np.uint8)
+    little.flags.writeable = False
+    array = Array(dtype=value.dtype.name, shape=value.shape, stype=STYPE, data=b"")
+    # Flower asks for bytes and takes whatever has a buffer: this one is the array's own memory.
+    array.data = typing.cast("bytes", little)
+    return array
 
 
 def unpack(records: RecordDict) -> Message:

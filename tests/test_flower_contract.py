@@ -78,8 +78,12 @@ INSIDE = {
         flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor
     """,
     "common/objects.py": """
+        flwr.app.message.arraychunk.ArrayChunk
+        flwr.supercore.constant.HEAD_BODY_DIVIDER
+        flwr.supercore.inflatable.inflatable_object.InflatableObject
         flwr.supercore.inflatable.inflatable_object.get_object_body
         flwr.supercore.inflatable.inflatable_object.get_object_head_values_from_object_content
+        flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
     """,
     "server/superlink/asking.py": "",
     "server/superlink/arrival.py": """
@@ -88,7 +92,6 @@ INSIDE = {
         flwr.common.constant.ErrorCode
         flwr.proto.message_pb2.ObjectTree
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
-        flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
     """,
     "server/superlink/grid.py": """
         flwr.app.message.make_message
@@ -227,7 +230,7 @@ def packed(data: bytes) -> RecordDict:
 def data_of(content: RecordDict) -> bytes:
     record = content["x"]
     assert isinstance(record, ArrayRecord)
-    return record["x"].data
+    return bytes(record["x"].data)
 
 
 def test_messages_of_12_mb_arrive_whole_in_both_directions(

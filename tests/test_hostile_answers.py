@@ -416,7 +416,7 @@ def test_a_site_cannot_spoil_the_next_broadcast_of_an_array(
     node = sites[GOOD].node.node_id
     grid.push_messages([Message(records, dst_node_id=node, message_type="query", ttl=20)])
     received = sites[GOOD].question()
-    assert received.content["arrays"]["body"].data == array.data
+    assert bytes(received.content["arrays"]["body"].data) == bytes(array.data)
 
 
 def two_messages(reply: Message) -> list[tuple[Message, ObjectTree]]:

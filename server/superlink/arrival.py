@@ -14,9 +14,8 @@ from flwr.app.metadata import Metadata
 from flwr.common.constant import ErrorCode
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
-from common.objects import num_bytes_together
+from common.objects import num_bytes_together, put_together
 
 STALLED_S = 180.0  # without progress; so long may one object take at the door
 
@@ -103,7 +102,7 @@ class Arrival:
         try:
             num_bytes = num_bytes_together(self.came)
             is_small = num_bytes <= max_bytes
-            message = inflate_object_from_contents(self.message_id, self.came) if is_small else None
+            message = put_together(self.message_id, self.came) if is_small else None
         except Exception as error:  # noqa: BLE001 - whatever a site's bytes do to Flower
             raise Unusable(f"it is no message ({type(error).__name__})") from None
         if not is_small:

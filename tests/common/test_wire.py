@@ -158,7 +158,7 @@ def test_arrays_travel_little_endian_and_contiguous() -> None:
     model = np.arange(6, dtype=">f4")[::2]
     sent = wire.pack(dataclasses.replace(TASK, model=model))
     data = sent.array_records["arrays"]["model"].data
-    assert data == np.array([0, 2, 4], "<f4").tobytes()
+    assert bytes(data) == np.array([0, 2, 4], "<f4").tobytes()
     arrived = wire.unpack(sent)
     assert isinstance(arrived, RoundTask)
     assert arrived.model.tolist() == [0, 2, 4]
@@ -186,8 +186,16 @@ def records(**changes: Any) -> RecordDict:
         home[name] = value
     return RecordDict({
         "message": ConfigRecord({k: v for k, v in values.items() if v is not None}),
-        "arrays": ArrayRecord({k: v for k, v in arrays.items() if v is not None}),
+        "arrays": arrays_of({k: v for k, v in arrays.items() if v is not None}),
     })  # fmt: skip
+
+
+def arrays_of(arrays: dict[str, Array]) -> ArrayRecord:
+    """Flower's constructor takes nothing but bytes."""
+    record = ArrayRecord()
+    for name, array in arrays.items():
+        record[name] = array
+    return record
 
 
 def without(part: str) -> RecordDict:
@@ -345,7 +353,7 @@ def test_a_good_message_with_one_field_spoilt_is_a_message_or_is_refused(
         arrays[name] = data.draw(ARRAYS)
     else:
         values[name] = data.draw(SCALARS | LISTS)
-    sent = RecordDict({"message": ConfigRecord(values), "arrays": ArrayRecord(arrays)})
+    sent = RecordDict({"message": ConfigRecord(values), "arrays": arrays_of(arrays)})
     check_message_or_refusal(sent)
 
 
