@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import save
 
 from common.errors import RemoteProtocolError
 from common.manifest import Manifest
@@ -30,6 +30,7 @@ from common.secagg.masking import add_packed, split_body
 from common.secagg.task import digest_of_task
 from common.statement import Statement
 from server.epoch import Epoch
+from server.tensor_file import write_tensors
 
 
 @dataclass(frozen=True)
@@ -106,21 +107,20 @@ class Collected:
             upload.header, upload.sealed, upload.share_commitments, upload.statement, num_bytes
         )
 
-    def encode(self) -> bytes:
-        """As a safetensors file; the sum in it is masked still."""
+    def save(self, path: Path) -> None:
+        """Put it on disk; the sum is masked still."""
         about = {
             "sum_number": self.sum_number,
             "task": self.task.hex(),
             "missing": self.missing,
             "uploads": {site: as_table(kept) for site, kept in self.uploads.items()},
         }
-        arrays = {"values": self.values, "tail": self.tail}
-        content: bytes = save(arrays, metadata={"collected": json.dumps(about)})
-        return content
+        arrays: dict[str, NDArray[Any]] = {"values": self.values, "tail": self.tail}
+        write_tensors(path, arrays, metadata={"collected": json.dumps(about)})
 
     @classmethod
     def load(cls, path: Path) -> Collected:
-        """From the file that ``encode`` became."""
+        """From the file that ``save`` wrote."""
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["collected"])
             values, tail = file.get_tensor("values"), file.get_tensor("tail")

@@ -17,7 +17,7 @@ import numpy as np
 import tomli_w
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load_file
 
 from common.config import load
 from common.disk import hold_lock, replace_file, replacing
@@ -34,6 +34,7 @@ from common.throwaway import CA, SITES
 from server.collected import Collected
 from server.epoch import Epoch
 from server.state import State
+from server.tensor_file import write_tensors
 from server.transcript import TRANSCRIPT
 
 STATE = "state.safetensors"
@@ -164,7 +165,7 @@ class RunDir:
 
     def save_pending(self, collected: Collected) -> None:
         """Keep a sum whose survivors are settled; it is masked still."""
-        self._write(PENDING, collected.encode())
+        collected.save(self.path / PENDING)
 
     def pending(self) -> Collected | None:
         """The sum that was to be unmasked when the run stopped, or None."""
@@ -183,7 +184,7 @@ class RunDir:
 
     def save_model(self, round_number: int, model: NDArray[np.float32], schema: Schema) -> None:
         """Keep the global model after a round; round 0 is the initial one."""
-        self._write(_model_name(round_number), save(schema.split(model)))
+        write_tensors(self.path / _model_name(round_number), schema.split(model))
 
     def save_state(self, state: State) -> None:
         """Move the point that a resumed run continues from; its model is already on disk."""
@@ -194,7 +195,8 @@ class RunDir:
             "num_members": state.num_members,
             "validation": state.validation,
         }
-        self._write(STATE, save(state.optimizer, metadata={"state": json.dumps(about)}))
+        metadata = {"state": json.dumps(about)}
+        write_tensors(self.path / STATE, state.optimizer, metadata=metadata)
 
     def latest(self, schema: Schema) -> State | None:
         """Where the run stands, or None before its first round is saved."""
@@ -216,8 +218,11 @@ class RunDir:
 
     def model(self, round_number: int, schema: Schema) -> NDArray[np.float32]:
         """The global model after a round, shape (num_params,)."""
-        tensors = self.tensors(round_number)
-        return np.concatenate([tensors[name].reshape(-1) for name in schema.names])
+        model = np.empty(schema.num_params, np.float32)
+        with safe_open(self.path / _model_name(round_number), framework="numpy") as file:
+            for name, part in schema.split(model).items():  # one at a time, to its place
+                np.copyto(part, file.get_tensor(name))
+        return model
 
     def tensors(self, round_number: int) -> dict[str, NDArray[np.float32]]:
         """The same by parameter name."""
@@ -286,9 +291,8 @@ class RunDir:
         self, model: NDArray[np.float32], schema: Schema, kept: Mapping[str, NDArray[np.float32]]
     ) -> str:
         """Write the returned model, its frozen part too, without metadata; its file's SHA-256."""
-        content = save({**schema.split(model), **kept})
-        self._write(FINAL, content)
-        return hashlib.sha256(content).hexdigest()
+        write_tensors(self.path / FINAL, {**schema.split(model), **kept})
+        return _digest_of(self.path / FINAL)
 
     def final_model(self) -> dict[str, NDArray[np.float32]]:
         """The returned model by parameter name."""
@@ -316,7 +320,7 @@ class RunDir:
         """List every file of the run with its SHA-256; ``sha256sum -c SHA256SUMS`` checks it."""
         files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name[0] != ".")
         lines = [
-            f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.relative_to(self.path)}\n"
+            f"{_digest_of(file)}  {file.relative_to(self.path)}\n"
             for file in files
             if file.relative_to(self.path).parts[0] not in (CA, SITES, SUPERLINK)
             and file.stem not in ("report", SUMS)
@@ -331,6 +335,12 @@ class RunDir:
     def _write(self, name: str, content: bytes) -> None:
         # A record to be shared; the folder's own mode says who comes near it.
         replace_file(self.path / name, content, mode=0o644)
+
+
+def _digest_of(path: Path) -> str:
+    """A file's SHA-256; the file is never in memory as a whole."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_statements(file: Path) -> list[Statement]:

@@ -292,10 +292,11 @@ class UploadDoor(CoordinatorDoor):
             self.collected.take(site, reply, epoch, is_private=True)
 
         super().__init__(recording, f"sum {number}, upload", uploads[HERO], keep)
+        self._file = recording.folder / f"pending-{number}.safetensors"
 
     def deliver(self, message: Message) -> None:
         super().deliver(message)
-        self.collected.encode()
+        self.collected.save(self._file)
         self.collected.statements()
         list(self.collected.disagreements())
 
