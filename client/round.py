@@ -156,9 +156,9 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
         run = site.charged(session.manifest.run)
         site.ledger.debit(run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds)
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
-    update = local_update(task, site)
+    # Nobody here holds on to the update: its memory is free before the masked one is made.
     quantized = quantize(
-        update,
+        local_update(task, site),
         counts,
         sizes=site.network.schema.sizes,
         exponents=task.exponents,

@@ -55,7 +55,7 @@ def train(
     # Only labels of whole images say how common a class is at the site.
     labels = None if isinstance(images, Scans) else images.targets
     loss_of = task.local_loss(labels)
-    start = network.values.clone()
+    start = _start(network, training)
     made = batches(images, training, rng)
     if torch.get_num_threads() == 1:  # beside a team of threads a second team costs more
         made = _ahead(made)
@@ -67,7 +67,9 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         _pull_back(network, start, training)
         optimizer.step()
-    return LocalUpdate(network.vector() - model)
+    del optimizer, start  # the update comes in their place
+    network.drop_gradients()
+    return LocalUpdate(network.minus(model))
 
 
 def _optimizer(network: FlatNetwork, training: Training, rate: float) -> torch.optim.Optimizer:
@@ -82,13 +84,18 @@ def _optimizer(network: FlatNetwork, training: Training, rate: float) -> torch.o
     return kind([network.values], lr=rate, weight_decay=decay, fused=True)
 
 
-def _pull_back(network: FlatNetwork, start: Tensor, training: Training) -> None:
+def _start(network: FlatNetwork, training: Training) -> Tensor | None:
+    """Where training begins; None where nothing pulls back to it."""
+    return network.values.clone() if training.proximal else None
+
+
+def _pull_back(network: FlatNetwork, start: Tensor | None, training: Training) -> None:
     """Add the gradient of FedProx's term, proximal / 2 times the squared distance from the start.
 
     Source:
       Li et al. (2020), Federated Optimization in Heterogeneous Networks.
     """
-    if training.proximal:
+    if start is not None:
         network.gradients.add_(network.values.detach() - start, alpha=training.proximal)
 
 
@@ -167,7 +174,7 @@ def train_privately(
     torch.manual_seed(int(secrets.integers(1)[0] >> np.uint64(1)))
     optimizer = _optimizer(network, training, rate)
     loss_of = task.local_loss(None)
-    start = network.values.clone()
+    start = _start(network, training)
     engine = PerImageEngine(network)
     members = _members(images, plan.terms.unit)
     clip_norm = plan.terms.example_clip_norm
@@ -175,13 +182,21 @@ def train_privately(
     for _ in range(plan.event.steps):
         units = draw_units(images, members, training.augmentation, plan, secrets)
         total = engine.clipped_sum(units, loss_of, clip_norm)
-        noise = torch.from_numpy(secrets.gaussians(len(total))).to(total.device)
         # An empty draw is noised and stepped like any other: skipping it would tell that it was.
-        network.gradients.copy_((total + scale * noise) / plan.batch_size)
+        network.gradients.copy_(_noised(total, scale, secrets).div_(plan.batch_size))
+        del total  # the optimizer's own memory comes in its place
         # After the noise: the term depends on the weights alone, and clipping must not see it.
         _pull_back(network, start, training)
         optimizer.step()
-    return LocalUpdate(network.vector() - model)
+    del optimizer, start
+    network.drop_gradients()
+    return LocalUpdate(network.minus(model))
+
+
+def _noised(total: Tensor, scale: float, secrets: Keystream) -> Tensor:
+    """A sum of gradients with Gaussian noise, in its own memory; shape (num_params,)."""
+    noise = torch.from_numpy(secrets.gaussians(len(total))).to(total.device)
+    return total.add_(noise.mul_(scale))
 
 
 def draw_units(

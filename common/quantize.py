@@ -26,6 +26,7 @@ FINER = 4  # bits
 FEW = 256  # entries; in a sum of so few all may cancel by chance
 WIDEST = 4  # bits between the coarsest step and that of a tensor of few entries
 EXPONENT_RANGE = (-120, 60)
+DIVERGED = "training diverged: the update is not finite; lower the learning rate"
 _BLOCK = 1 << 16  # entries per pass: float64 scratch stays in the cache
 
 
@@ -69,9 +70,6 @@ def quantize(
     Raises:
       DataError: The update holds NaN or infinity (training diverged).
     """
-    # rint(NaN) would become some integer: an update that is not finite must never be sent.
-    if not np.isfinite(update.values).all():
-        raise DataError("training diverged: the update is not finite; lower the learning rate")
     bound = ring.max_magnitude
     values = np.empty(update.values.shape, np.int32)
     clipped = np.zeros(len(sizes), np.int64)
@@ -85,7 +83,11 @@ def quantize(
             # Named, because NumPy would multiply float32 by a Python float in float32.
             np.multiply(update.values[low:high], factor, out=block, dtype=np.float64)
             np.rint(block, out=block)
-            if block.max() > bound or block.min() < -bound:
+            smallest, largest = block.min(), block.max()
+            # NaN would become some integer: an update that is not finite must never be sent.
+            if not (math.isfinite(smallest) and math.isfinite(largest)):
+                raise DataError(DIVERGED)
+            if largest > bound or smallest < -bound:
                 clipped[tensor] += np.count_nonzero(np.abs(block) > bound)
                 np.clip(block, -bound, bound, out=block)
             values[low:high] = block
@@ -124,10 +126,13 @@ def dequantize(
       ``weight_cap * 2**exponent * total / weight``, shape (num_params,).
     """
     mean = np.empty(total.shape, np.float32)
+    scratch = np.empty(_BLOCK, np.float64)
     start = 0
     for size, exponent in zip(sizes, exponents, strict=True):
         factor = (weight_cap / weight) * 2.0**exponent
-        mean[start : start + size] = total[start : start + size] * factor
+        for low in range(start, start + size, _BLOCK):
+            high = min(low + _BLOCK, start + size)
+            mean[low:high] = np.multiply(total[low:high], factor, out=scratch[: high - low])
         start += size
     return mean
 

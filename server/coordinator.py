@@ -18,7 +18,7 @@ from common.evidence import Evidence
 from common.manifest import plan_epoch
 from common.messages import Purpose, RoundTask
 from common.models.build import build_network, digest_of_weights
-from common.models.flat import FlatNetwork, Schema
+from common.models.flat import Schema
 from common.roster import CoordinatorCredentials
 from common.statement import Statement
 from common.study import DifferentialPrivacy, Study
@@ -99,10 +99,11 @@ class Coordinator:
         evidence = Evidence(run_dir.path)
         self.exchange = Exchange(self.network, credentials, evidence, self.audit, study.deadlines)
         self.task: Task = task_of(study)
-        self.first: FlatNetwork = build_network(study)
-        self.schema: Schema = self.first.schema
+        first = build_network(study)
+        self.schema: Schema = first.schema
+        self.frozen = first.kept()  # weights that never travel; the others change in every round
         plan = partial(
-            plan_epoch, study, self.schema, self.task, first_model=digest_of_weights(self.first)
+            plan_epoch, study, self.schema, self.task, first_model=digest_of_weights(first)
         )
         self.heads = heads
         self.cohort = Cohort(study, self.exchange, run_dir, plan, heads)
@@ -147,7 +148,7 @@ def run(
     epoch = this.cohort.resume()
     state = run_dir.latest(this.schema)
     if state is None:
-        state = initial_state(study, epoch.manifest, this.first.vector())
+        state = initial_state(study, epoch.manifest, build_network(study).vector())
         run_dir.save_model(0, state.model, this.schema)
     state = state.for_ring(epoch.manifest.ring)
     observer.started(study, state.round_number, epoch.manifest.names)
@@ -174,7 +175,9 @@ def run(
             run_dir.drop_pending()
             observer.finished_round(line)
             check_progress(before, state, study)
+            del before
         epoch, state = renew_if_members_changed(this, epoch, state, total)
+        del total  # a sum and a model: the next ones come in their place
     if state.round_number == 0:
         raise RoundAborted("every sum was void and nothing was learned; see the sites' logs")
     return conclude(this, epoch, state)
@@ -218,7 +221,7 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     model = returned_model(state, this.study, this.run_dir.model(returned, this.schema))
     make_task = partial(test_task, model=model, round_number=returned)
     epoch, state, final = evaluated(this, epoch, state, make_task)
-    digest = this.run_dir.save_final(model, this.schema, this.first.kept())
+    digest = this.run_dir.save_final(model, this.schema, this.frozen)
     rounds = this.run_dir.rounds()
     seconds = [line["seconds"] for line in rounds]
     sums = [*rounds, *this.run_dir.evaluations()]

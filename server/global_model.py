@@ -14,6 +14,7 @@ from common.study import FedAdaptive, FedAvg, FedAvgM, ServerOptimizer
 
 Vector = NDArray[np.float32]
 OptimizerState = dict[str, Vector]
+BLOCK = 1 << 16  # entries at a time: what is computed on the way stays in the cache
 
 
 def initial_optimizer_state(config: ServerOptimizer, model: Vector) -> OptimizerState:
@@ -38,17 +39,24 @@ def apply_mean_update(
 
     Args:
       model: The global model, shape (num_params,).
-      update: The weighted mean of local minus global, shape (num_params,).
-      state: What the last step left.
+      update: The weighted mean of local minus global, shape (num_params,). It is used up: the next
+        model takes its place in memory.
+      state: What the last step left; used up by the next one.
       config: The study's ``[server_optimizer]``.
 
     Returns:
       The next model and the state for the next step.
     """
-    following, moments = _step(model, update, state, config)
-    if config.ema:
-        moments = {**moments, "ema": moving_average(state["ema"], following, config.ema)}
-    return following, moments
+    for low in range(0, model.size, BLOCK):
+        part = slice(low, low + BLOCK)
+        before = {name: array[part] for name, array in state.items()}
+        following, moments = _step(model[part], update[part], before, config)
+        if config.ema:
+            moments["ema"] = moving_average(before["ema"], following, config.ema)
+        update[part] = following
+        for name, moment in moments.items():
+            state[name][part] = moment
+    return update, state
 
 
 def moving_average(average: Vector, model: Vector, decay: float) -> Vector:

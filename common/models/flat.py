@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,7 +58,6 @@ class FlatNetwork:
       module: The network itself; call it as usual.
       schema: Order of the vector.
       values: All travelling parameters, shape (num_params,); writing here changes the network.
-      gradients: Their gradients, shape (num_params,); backward adds to it.
 
     With ``channels_last`` images of two dimensions go through the network with their channels side
     by side, which the convolutions of a U-Net do 1.3 times faster. Per-sample gradients do not
@@ -77,19 +77,39 @@ class FlatNetwork:
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self.schema = Schema(tuple(n for n, _ in named), tuple(tuple(p.shape) for _, p in named))
         self.values = torch.empty(self.schema.num_params, device=device, dtype=dtype)
-        self.gradients = torch.zeros_like(self.values)
-        start = 0
-        for _, parameter in named:
-            part = slice(start, start + parameter.numel())
-            start = part.stop
-            self.values[part] = parameter.detach().reshape(-1)
-            parameter.data = self.values[part].view(parameter.shape)
-            parameter.grad = self.gradients[part].view(parameter.shape)
+        self._gradients: Tensor | None = None
+        self._parameters = [parameter for _, parameter in named]
+        for parameter, own in zip(self._parameters, self._views(self.values), strict=True):
+            own.copy_(parameter.detach())
+            parameter.data = own
 
     def __call__(self, images: Tensor) -> Tensor:
         """Outputs of the network, shape (batch, num_outputs, ...)."""
         outputs: Tensor = self.module(_channels_last(images) if self._channels_last else images)
         return outputs
+
+    @property
+    def gradients(self) -> Tensor:
+        """All their gradients, shape (num_params,); from the first look on, backward adds to it."""
+        if self._gradients is None:
+            self._gradients = torch.zeros_like(self.values)
+            for parameter, own in zip(self._parameters, self._views(self._gradients), strict=True):
+                if parameter.grad is not None:
+                    own.copy_(parameter.grad)
+                parameter.grad = own
+        return self._gradients
+
+    def drop_gradients(self) -> None:
+        """Give their memory back: who only scores a model, or sends an update, needs none."""
+        self._gradients = self.values.grad = None
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _views(self, vector: Tensor) -> Iterator[Tensor]:
+        """The parts of a vector, each in its parameter's shape."""
+        parts = torch.split(vector, list(self.schema.sizes))
+        for part, shape in zip(parts, self.schema.shapes, strict=True):
+            yield part.view(shape)
 
     def kept(self) -> dict[str, NDArray[np.float32]]:
         """Copies of the frozen parameters by name: they never travel."""
@@ -110,6 +130,10 @@ class FlatNetwork:
         """A copy of every travelling parameter, shape (num_params,)."""
         copy: NDArray[np.float32] = self.values.detach().cpu().numpy().copy()
         return copy
+
+    def minus(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What changed since ``load`` of that vector, shape (num_params,)."""
+        return self.values.detach().cpu().numpy() - vector
 
 
 def _channels_last(images: Tensor) -> Tensor:

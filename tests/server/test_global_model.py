@@ -31,7 +31,7 @@ UPDATES = [np.array([0.5, -1.0, 0.0], np.float32), np.array([0.25, 0.5, -1.0], n
 def _two_steps(config):  # type: ignore[no-untyped-def]
     model, state = MODEL, initial_optimizer_state(config, MODEL)
     for update in UPDATES:
-        model, state = apply_mean_update(model, update, state, config)
+        model, state = apply_mean_update(model, update.copy(), state, config)
     return model
 
 
@@ -88,7 +88,7 @@ def after_three_rounds(config):  # type: ignore[no-untyped-def]
     """The models after rounds 1 to 3, and the optimizer's arrays."""
     models, model, state = [], MODEL, initial_optimizer_state(config, MODEL)
     for update in (*UPDATES, THIRD):
-        model, state = apply_mean_update(model, update, state, config)
+        model, state = apply_mean_update(model, update.copy(), state, config)
         models.append(model)
     return models, state
 
@@ -110,7 +110,7 @@ def test_the_average_of_two_rounds_with_another_decay_by_hand() -> None:
     assert state["ema"].tolist() == [0, 0, 0]
     model = MODEL
     for update in UPDATES:
-        model, state = apply_mean_update(model, update, state, config)
+        model, state = apply_mean_update(model, update.copy(), state, config)
     expected = [(4 * 1.5 + 5 * 1.75) / 9, (4 * 1 + 5 * 1.5) / 9, (4 * -1 + 5 * -2) / 9]
     assert averaged_model(state, config, 2).tolist() == pytest.approx(expected, rel=1e-6)
 
