@@ -220,6 +220,21 @@ def test_a_mark_that_a_crash_left_behind_its_journal_stops_nobody(cast: Cast, si
     assert int(mark.read_text()) > int(before) + 1
 
 
+def test_a_mark_that_was_left_behind_follows_before_anything_is_said_again(
+    cast: Cast, site: Bare
+) -> None:
+    mark, path = site.state_dir / "journal.mark", site.state_dir / "journal.sqlite"
+    cast.enrol()
+    before = mark.read_text()
+    shutil.copy(path, site.state_dir / "backup")
+    upload = cast.uploads()[SITE]
+    mark.write_text(before)
+    assert same(site.answer(cast.task(SITE)), upload)
+    shutil.copy(site.state_dir / "backup", path)
+    with leaves("put back from a backup"):
+        site.restart()
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
 def test_a_stored_body_that_is_not_the_one_sent_is_not_sent(
     damage: str, cast: Cast, site: Bare
