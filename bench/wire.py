@@ -51,5 +51,6 @@ def row(bits: int, rounds: list[Traffic], *, is_up: bool) -> dict[str, Any]:
             "beyond_bytes": ours - least,
             "bytes": middle.told(is_up=is_up),
             "calls": dict(Counter(call.name for call in middle.calls)),
+            "calls_of_coordinator": dict(Counter(c.name for c in middle.calls_of_coordinator)),
         },
     }

@@ -32,7 +32,7 @@ from server.superlink.launcher import ENVIRONMENT  # noqa: E402
 
 STUDY = BENCH.parent / "studies" / "phantoms.toml"  # of it, only what is not made up counts
 DATA = {"name": "none", "format": "phantom", "declared_patients": 100}
-START_S, ROUND_S, PER_ENTRY_S = 20.0, 60.0, 1e-6  # how long we wait; the last: of each upload
+START_S, ROUND_S, PER_ENTRY_S = 120.0, 120.0, 1e-6  # how long we wait; the last: of each upload
 SAMPLE_S = 0.25
 MOST_STARTED = 4  # sites that are programs of their own; so many import torch in a minute
 

@@ -7,30 +7,20 @@ HTTP's and TLS's.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
 
+from our_rounds.calls import Call, read_calls
 from our_rounds.deployment import deployed
 from our_rounds.notes import read_notes
-from our_rounds.relay import HOST, Relay, relayed
-from our_rounds.wire_site import CALLS
+from our_rounds.phases import bounds_of_rounds
+from our_rounds.relay import HOST, relayed
 
 NUM_ROUNDS, NUM_SITES = 3, 3
-
-
-class Call(NamedTuple):
-    """One question of the site and its answer, without what HTTP puts before them."""
-
-    at: float
-    name: str
-    up: int  # bytes
-    down: int
 
 
 @dataclass(frozen=True)
@@ -40,6 +30,7 @@ class Traffic:
     up: int  # bytes at the socket
     down: int
     calls: Sequence[Call]
+    calls_of_coordinator: Sequence[Call]  # for all sites together
 
     def told(self, *, is_up: bool) -> dict[str, int]:
         """Bytes by what they were, in one direction."""
@@ -54,14 +45,19 @@ def traffic_of_rounds(num_params: int, bits: int) -> list[Traffic]:
     """Of one site, without the first round, when connections are made."""
     overrides = {"aggregation.ring_bits": bits}
     with deployed(num_params, NUM_ROUNDS, NUM_SITES, **overrides) as one:
-        watched = one.made.names[0]
+        watched, coordinator = one.notes_of(one.made.names[0]), one.notes_of("coordinator")
         with relayed(one.made.port) as relay:
-            divert(one.made.site(watched), one.made.port, relay.port)
-            one.run("our_rounds.coordinator", "our_rounds.wire_site")
-        noted = read_notes(one.notes_of("coordinator"))
-        calls = read_calls(one.notes_of(watched).with_suffix(CALLS))
-    tasks = [event.began for event in noted if event.what.endswith("_task")]
-    return [in_between(relay, calls, *bounds) for bounds in pairwise(tasks)][1:]
+            divert(one.made.site(one.made.names[0]), one.made.port, relay.port)
+            one.run("our_rounds.wire_coordinator", "our_rounds.wire_site")
+        return [
+            Traffic(
+                relay.num_bytes(since, until, is_up=True),
+                relay.num_bytes(since, until, is_up=False),
+                read_calls(watched, since, until),
+                read_calls(coordinator, since, until),
+            )
+            for since, until in list(pairwise(bounds_of_rounds(read_notes(coordinator))))[1:]
+        ]
 
 
 def divert(site: Path, port: int, relay_port: int) -> None:
@@ -70,24 +66,11 @@ def divert(site: Path, port: int, relay_port: int) -> None:
     site.write_text(text.replace(f"{HOST}:{port}", f"{HOST}:{relay_port}"))
 
 
-def read_calls(path: Path) -> list[Call]:
-    """What the site counted."""
-    return [Call(*json.loads(line)) for line in path.read_text().splitlines()]
-
-
-def in_between(relay: Relay, calls: Iterable[Call], since: float, until: float) -> Traffic:
-    """All that was carried in a stretch of time."""
-    return Traffic(
-        relay.num_bytes(since, until, is_up=True),
-        relay.num_bytes(since, until, is_up=False),
-        [call for call in calls if since <= call.at < until],
-    )
-
-
 if __name__ == "__main__":
     params, ring_bits = map(int, sys.argv[1:])
     for traffic in traffic_of_rounds(params, ring_bits):
-        counted = Counter(call.name for call in traffic.calls)
-        print(f"up {traffic.up:,} bytes, down {traffic.down:,} bytes; calls: {dict(counted)}")
+        print(f"up {traffic.up:,} bytes, down {traffic.down:,} bytes")
         print("  up:", traffic.told(is_up=True))
         print("  down:", traffic.told(is_up=False))
+        print("  calls:", Counter(call.name for call in traffic.calls))
+        print("  coordinator's:", Counter(call.name for call in traffic.calls_of_coordinator))
