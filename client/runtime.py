@@ -43,7 +43,6 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
-    inflate_object_from_contents,
     pull_objects,
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -57,7 +56,7 @@ from client.place import TIMEOUT_S, Place, open_line
 from client.transfer import PASSING, Meter, NotKept, persistently, send
 from common.errors import FederationError
 from common.identity import Identity
-from common.objects import num_bytes_together
+from common.objects import num_bytes_together, put_together
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0  # between two questions "anything for me?"
 HEARTBEAT_S = 20.0  # Flower counts a silent site as gone after twice 30 s
@@ -161,7 +160,7 @@ class Connection:
         persistently(partial(self._client.ConfirmMessageReceived, done), self._stopped)
         if num_bytes_together(contents) > MAX_MESSAGE_BYTES:
             raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
-        message = inflate_object_from_contents(whole, contents)
+        message = put_together(whole, contents)
         if not isinstance(message, Message):
             raise Disconnected("what came is no message of Flower's")
         message.metadata.__dict__["_message_id"] = whole
@@ -258,7 +257,7 @@ class _Outgoing:
 
 def _num_bytes(each: object) -> int:
     """Of a piece of an array; all others are small."""
-    return len(each.data) if isinstance(each, ArrayChunk) else 0
+    return each.data.nbytes if isinstance(each, ArrayChunk) else 0
 
 
 def _fleet_client(place: Place, identity: Identity) -> FleetHttpClient:

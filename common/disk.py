@@ -49,12 +49,20 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def disk_full(error: OSError, *, then: str) -> DiskFull:
-    """What a person is told of an error that ``is_full``; ``then`` is what to do afterwards."""
-    folder = existing(Path(error.filename).absolute().parent if error.filename else Path.cwd())
+def disk_full(error: OSError, *, then: str, folder: Path | None = None) -> DiskFull:
+    """What a person is told of an error that ``is_full``.
+
+    Args:
+      error: It may say which file had no room.
+      then: What to do when there is room.
+      folder: Where it was if the error does not say.
+    """
+    where = Path(error.filename).absolute().parent if error.filename else folder
+    if where is None:
+        return DiskFull(f"a disk is full ({error.strerror}); make room, then {then}")
+    free = megabytes(free_bytes(where))
     return DiskFull(
-        f"{folder}: the disk is full ({error.strerror}; {megabytes(free_bytes(folder))} free); "
-        f"make room, then {then}"
+        f"{where}: the disk is full ({error.strerror}; {free} free); make room, then {then}"
     )
 
 

@@ -68,7 +68,7 @@ def serve(
         if not is_full(error):
             raise
         # Waiting here would let the sites' deadlines pass; a run that is resumed begins them anew.
-        raise disk_full(error, then=going_on) from None
+        raise disk_full(error, then=going_on, folder=folder) from None
     print_summary(summary, folder)
 
 

@@ -70,7 +70,6 @@ INSIDE = {
         flwr.supercore.inflatable.inflatable_protobuf_utils.make_push_object_fn_protobuf
         flwr.supercore.inflatable.inflatable_utils.ObjectPullError
         flwr.supercore.inflatable.inflatable_utils.ObjectPushError
-        flwr.supercore.inflatable.inflatable_utils.inflate_object_from_contents
         flwr.supercore.inflatable.inflatable_utils.pull_objects
         flwr.supercore.interceptors.RuntimeVersionHttpInterceptor
         flwr.supercore.primitives.asymmetric.public_key_to_bytes

@@ -505,7 +505,7 @@ def test_whatever_flower_raises_at_an_answer_is_an_end_of_the_connection(
     def inflate(*_: object) -> None:
         raise error(PEERS_WORDS)
 
-    monkeypatch.setattr(client.runtime, "inflate_object_from_contents", inflate)
+    monkeypatch.setattr(client.runtime, "put_together", inflate)
     coordinator.send(question())
     with (
         Connection(place) as connection,
