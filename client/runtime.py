@@ -141,7 +141,11 @@ class Connection:
                 raise Disconnected(
                     f"a message of {len(ids)} objects, at most {MAX_OBJECTS} are taken"
                 )
-            return self._taken(head.metadata.run_id, head.metadata.message_id, ids)
+            try:
+                return self._taken(head.metadata.run_id, head.metadata.message_id, ids)
+            except ObjectPullError:
+                log.info("nobody waits any more for an answer to what was being fetched")
+                return None
 
     def _taken(self, run_id: int, whole: str, ids: list[str]) -> Message:
         """A message put together from its objects."""

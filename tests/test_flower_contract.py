@@ -28,7 +28,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 import client.runtime
 from client.place import Place
-from client.runtime import serve
+from client.runtime import Connection, serve
 from common.errors import RoundAborted
 from server.superlink.grid import CoordinatorGrid
 from server.superlink.launcher import SuperLink
@@ -151,7 +151,7 @@ import sys, threading
 from pathlib import Path
 from flwr.app import Message
 from client.place import Place
-from client.runtime import serve
+from client.runtime import Connection, serve
 address, *files = sys.argv[1:]
 place = Place(address, *map(Path, files))
 serve(place, lambda message: Message(message.content, reply_to=message), threading.Event())
@@ -230,6 +230,30 @@ def data_of(content: RecordDict) -> bytes:
     record = content["x"]
     assert isinstance(record, ArrayRecord)
     return bytes(record["x"].data)
+
+
+def test_a_question_that_is_taken_back_leaves_the_connection_as_it_is(
+    consortium: Consortium, place: Place
+) -> None:
+    with (
+        started(consortium) as superlink,
+        opened(superlink) as grid,
+        Connection(place) as connection,
+    ):
+        until(lambda: GOOD in grid.connected())
+        there = grid.connected()[GOOD]
+        question = Message(packed(b"x"), dst_node_id=there.node_id, message_type="query")
+        grid.forget(grid.push_messages([question]))
+        assert connection.pull() is None
+        (sent,) = grid.push_messages(
+            [Message(packed(b"y"), dst_node_id=there.node_id, message_type="query", ttl=60)]
+        )
+        asked = connection.pull()
+        assert asked is not None
+        assert asked.metadata.message_id == sent
+        connection.push(_echo(asked))
+        until(lambda: list(grid.pull_messages([sent])))
+        assert grid.connected()[GOOD] == there
 
 
 def test_messages_of_12_mb_arrive_whole_in_both_directions(
