@@ -35,6 +35,7 @@ class Room:
         """Say where this site writes, and what ends the waiting."""
         self._folder = folder
         self._stopped = stopped
+        self._full_since: float | None = None
 
     def wait_through(
         self, step: Callable[[], Result], *, num_bytes: int = 0, within_s: float = math.inf
@@ -54,6 +55,7 @@ class Room:
         end, needed = time.monotonic() + within_s, num_bytes + SPARE_BYTES
         if free_bytes(self._folder) < needed and not self._has(needed):
             self._wait(needed, end)
+        self._say_that_it_is_over()
         while True:
             try:
                 return step()
@@ -67,15 +69,16 @@ class Room:
         return has_room(existing(self._folder), num_bytes)
 
     def _wait(self, needed: int, end: float, reason: str = "") -> None:
-        log.warning(
-            "%s: the disk is full (%s%s free): nothing is answered until %s are free; make room, "
-            "this site then goes on by itself",
-            self._folder,
-            reason,
-            megabytes(free_bytes(self._folder)),
-            megabytes(needed),
-        )
-        began = time.monotonic()
+        if self._full_since is None:  # once, however many messages come meanwhile
+            self._full_since = time.monotonic()
+            log.warning(
+                "%s: the disk is full (%s%s free): nothing is answered until %s are free; make "
+                "room, this site then goes on by itself",
+                self._folder,
+                reason,
+                megabytes(free_bytes(self._folder)),
+                megabytes(needed),
+            )
         while True:
             if self._stopped.wait(RETRY_S):
                 raise Stopped
@@ -85,5 +88,11 @@ class Room:
                     "more; nothing was sent"
                 )
             if self._has(needed):
-                break
-        log.info("%s: there is room again after %.0f s", self._folder, time.monotonic() - began)
+                self._say_that_it_is_over()
+                return
+
+    def _say_that_it_is_over(self) -> None:
+        if self._full_since is not None:
+            took_s = time.monotonic() - self._full_since
+            log.info("%s: there is room again after %.0f s", self._folder, took_s)
+            self._full_since = None

@@ -346,6 +346,23 @@ def test_nobody_waits_longer_than_the_coordinator_does(tmp_path: Path) -> None:
         Room(tmp_path, threading.Event()).wait_through(no_room, within_s=0.05)
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_disk_that_stays_full_over_many_messages_is_told_of_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with small_disk(tmp_path / "state", 8 * MB) as disk:
+        room = Room(disk.folder, threading.Event())
+        disk.fill()
+        for _ in range(3):
+            with pytest.raises(DataError):
+                room.wait_through(no_room, within_s=0.05)
+        disk.empty()
+        assert room.wait_through(lambda: "done") == "done"
+    levels = [record.levelno for record in caplog.records]
+    assert levels == [logging.WARNING, logging.INFO]
+
+
 def test_a_program_that_is_stopped_waits_no_more_and_answers_nothing(tmp_path: Path) -> None:
     stopped = threading.Event()
     stopped.set()
