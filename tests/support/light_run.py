@@ -12,7 +12,13 @@ from moments import Moment
 
 STUDY = Path(__file__).parents[2] / "studies" / "demo-seeded.toml"
 NUM_ROUNDS = 6
-LIGHT = {"name": "crash-test", "num_rounds": NUM_ROUNDS, "model.width": 4}
+LIGHT = {
+    "name": "crash-test",
+    "num_rounds": NUM_ROUNDS,
+    "model.width": 4,
+    "privacy.epsilon": None,  # to find the noise for one takes every process some seconds
+    "privacy.noise_multiplier": 1.0,
+}
 DATA = {
     "name": "phantoms",
     "format": "phantom",
