@@ -1,16 +1,21 @@
 """How a round grows with the number of sites and of parameters, and who computes in it.
 
 Deployments as in ``rounds``, all of whose programs share this machine's cores: in hospitals, the
-sites' part of the CPU seconds is the hospitals' own. There are no peers.
+sites' part of the CPU seconds is the hospitals' own. There are no peers. ``python bench/scale.py``
+prints the tables of docs/scale.md from what was measured last.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import sys
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from our_rounds.cpu import PROGRAMS
 from our_rounds.deployment import MOST_STARTED, our_rounds
 from rounds import accounted, told, whole
 
@@ -49,3 +54,46 @@ def measured(num_params: int, num_sites: int) -> dict[str, Any]:
             **accounted(steady),
         },
     }
+
+
+# What docs/scale.md says of it
+
+
+def print_tables() -> None:
+    """Both curves, and the SuperLink's CPU seconds by what they grow with."""
+    results = json.loads((Path(__file__).parent / "results.json").read_text())
+    points = [one for one in results if one["bench"] == "scale"]
+    light = [one for one in points if one["settings"]["num_params"] == LIGHT]
+    heavy = [one for one in points if one["settings"]["num_sites"] == FEW]
+    print_table("sites", "num_sites", light)
+    print_table("parameters", "num_params", heavy)
+    per_site, per_megabyte = costs([one["settings"] for one in points])
+    print(f"SuperLink: {per_site:.3f} s per site, {per_megabyte:.4f} s per MB of model and site")
+
+
+def print_table(title: str, key: str, points: list[dict[str, Any]]) -> None:
+    """One curve."""
+    print(f"| {title} | s per round | coordinator, CPU s | SuperLink, CPU s | a site, CPU s |")
+    print("|---" * 5 + "|")
+    for point in sorted(points, key=lambda one: one["settings"][key]):
+        settings = point["settings"]
+        cpu = settings["cpu_s_per_round"]
+        of_one = {**cpu, "sites": cpu["sites"] / settings["num_sites"]}
+        columns = " | ".join(f"{of_one[name]:.2f}" for name in PROGRAMS)
+        print(f"| {settings[key]:,} | {point['ours']:.2f} | {columns} |")
+    print()
+
+
+def costs(points: list[dict[str, Any]]) -> tuple[float, float]:
+    """Of the SuperLink, CPU seconds per round: for each site, and for each megabyte it gets."""
+    sites = np.array([one["num_sites"] for one in points], float)
+    megabytes = np.array([4e-6 * one["num_params"] for one in points])
+    used = np.array([one["cpu_s_per_round"]["SuperLink"] for one in points])
+    terms = np.stack([sites, sites * megabytes], axis=1)
+    # Errors count in proportion: the largest point would decide alone otherwise.
+    (per_site, per_megabyte), *_ = np.linalg.lstsq(terms / used[:, None], np.ones_like(used))
+    return float(per_site), float(per_megabyte)
+
+
+if __name__ == "__main__":
+    print_tables()

@@ -49,10 +49,18 @@ class Relay:
                 except OSError:  # it is not there yet
                     site.close()
                     continue
-                for source, sink, is_up in ((site, coordinator, True), (coordinator, site, False)):
-                    source.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                    told = (source, sink, is_up)
-                    threading.Thread(target=self._pass_on, args=told, daemon=True).start()
+                pair = (site, coordinator)
+                threading.Thread(target=self._carry, args=pair, daemon=True).start()
+
+    def _carry(self, site: socket.socket, coordinator: socket.socket) -> None:
+        """One connection, until both sides have ended it."""
+        with site, coordinator:
+            for end in (site, coordinator):
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            down = threading.Thread(target=self._pass_on, args=(coordinator, site, False))
+            down.start()
+            self._pass_on(site, coordinator, is_up=True)
+            down.join()
 
     def _pass_on(self, source: socket.socket, sink: socket.socket, is_up: bool) -> None:
         with contextlib.suppress(OSError):

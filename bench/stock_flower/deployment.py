@@ -53,7 +53,8 @@ def stock_rounds(num_params: int, num_rounds: int, num_sites: int) -> list[Round
         ]
         config = {"num-params": num_params, "num-rounds": num_rounds, "num-sites": num_sites}
         patience_s = START_S + ROUND_S * num_rounds
-        return phases_of_rounds(run_app(superlink, folder, config, environment, patience_s), sites)
+        rounds = run_app([superlink], folder, config, environment, patience_s)
+        return phases_of_rounds(rounds, sites)
 
 
 def settle(folder: Path, port: int) -> Environment:
@@ -158,12 +159,18 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def start_superlink(start: Start, folder: Path, port: int, environment: Environment) -> Program:
-    """The SuperLink, when it answers."""
+def start_superlink(
+    start: Start,
+    folder: Path,
+    port: int,
+    environment: Environment,
+    database: str = "superlink.db",
+) -> Program:
+    """The SuperLink, when it answers; without a file of its own, its database is in memory."""
     command = [BIN / "flower-superlink", "--host", HOST, "--port", port]
     command += ["--ssl-ca-certfile", folder / CA, "--ssl-certfile", folder / CERTIFICATE]
     command += ["--ssl-keyfile", folder / KEY, "--enable-supernode-auth"]
-    command += ["--database", folder / "superlink.db"]
+    command += ["--database", folder / database] if database else []
     superlink = start(command, environment, lambda *_: None)
     context = ssl.create_default_context(cafile=str(folder / CA))
 
@@ -196,7 +203,7 @@ def start_site(
 
 
 def run_app(
-    superlink: Program,
+    superlinks: Sequence[Program],
     folder: Path,
     config: Mapping[str, int],
     environment: Environment,
@@ -207,8 +214,12 @@ def run_app(
     text = " ".join(f"{key}={value}" for key, value in config.items()) + f' result="{result}"'
     command = ["run", APP, CONNECTION, "--run-config", text, "--format", "json"]
     run_id = json.loads(flwr(command, environment))["run-id"]
-    # The coordinator's app is the only task that a SuperLink has.
-    wait_for(lambda: "Finished task" in "".join(superlink.said), superlink, patience_s)
+
+    def is_finished() -> bool:
+        # The coordinator's app is the only task that there is; any SuperLink may take it.
+        return any("Finished task" in line for each in superlinks for line in each.said)
+
+    wait_for(is_finished, superlinks[0], patience_s)
     if not result.exists():
         said = flwr(["log", run_id, CONNECTION, "--show"], environment)
         raise RuntimeError(f"the coordinator's app of stock Flower failed:\n{said}")
