@@ -32,6 +32,7 @@ from flwr.superlink.main import create_app
 
 from common.identity import Certified
 from server.superlink.asgi import App
+from server.superlink.calls import Calls
 from server.superlink.doorkeeper import Doorkeeper
 from server.superlink.launcher import ADMIN_HEADER, Listening
 from server.superlink.listener import (
@@ -119,7 +120,7 @@ def flower_app(told: Listening) -> tuple[App, Any, FlatStore]:
     app = create_app(config, SuperLinkLifespan)
     state, store = app.state.linkstate_factory.state(), FlatStore()
     state._object_store = store  # noqa: SLF001 - Flower takes no other store than its own
-    return app, state, store
+    return Calls(app, state), state, store
 
 
 async def serve(told: Listening) -> None:
