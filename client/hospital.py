@@ -17,7 +17,7 @@ from client.policy import check_policy, check_unit
 from client.round import COORDINATOR, answer
 from client.site import AUDIT, Site, Source, open_site, pick_device, utc_now
 from common.audit import MAX_VALUE_CHARS, AuditLog
-from common.disk import hold_lock, is_full, replace_file
+from common.disk import hold_lock, is_full, remove_leftovers, replace_file
 from common.errors import ConfigError, DataError, FederationError, PolicyError, RemoteProtocolError
 from common.facts import facts_of
 from common.manifest import Manifest
@@ -45,6 +45,7 @@ class Hospital:
         self.home.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._now = now
         self._lock()
+        remove_leftovers(self.home)
         self._files = OwnFiles(files, self.home / NEWEST_LIST, now)
         self.approvals = Approvals(self.home)
         self.audit = AuditLog(self.home / AUDIT, now)

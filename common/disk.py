@@ -18,6 +18,7 @@ from typing import IO
 from common.errors import DiskFull
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BESIDE = ".new-"  # begins the name of a file that is not in its place yet
 
 
 def is_full(error: BaseException) -> bool:
@@ -118,7 +119,7 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
     """A file to write into that takes its place only when it is complete and on disk."""
     beside = None
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=BESIDE, delete=False) as file:
             beside = Path(file.name)
             os.fchmod(file.fileno(), mode)
             yield file
@@ -131,6 +132,12 @@ def replacing(path: Path, *, mode: int = 0o600) -> Iterator[IO[bytes]]:
             beside.unlink(missing_ok=True)
         name_file(error, path)
         raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left beside its place; call it where no other one writes."""
+    for path in folder.rglob(f"{BESIDE}*"):
+        path.unlink()
 
 
 def hold_lock(path: Path, owner: object) -> bool:

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from common.config import load
-from common.disk import hold_lock, replace_file, replacing
+from common.disk import hold_lock, remove_leftovers, replace_file, replacing
 from common.errors import ConfigError
 from common.evidence import FILE as EVIDENCE
 from common.manifest import Manifest
@@ -81,6 +81,7 @@ class RunDir:
         if not (path / STUDY).exists():
             raise ConfigError(f"{path} is not empty and holds no run to resume")
         run_dir._lock()
+        remove_leftovers(path)  # each may be as large as a model
         if run_dir.study().digest() != study.digest():
             raise ConfigError(f"{path} holds a run of another study; resume it with that study")
         if simulation is not None and run_dir.simulation() != simulation:
@@ -364,7 +365,8 @@ def _never_began(path: Path) -> bool:
         OPENED,
         AUDIT,
     }
-    if present <= {CA, SITES}:  # keys and site files of a demo, written before its run
+    # Keys and site files of a demo, written before its run; or nothing but the first folders.
+    if present <= {CA, SITES, "models", "counts"} and not any(path.glob("models/*")):
         return True
     return STUDY in present and present <= started and not any((path / "models").iterdir())
 

@@ -30,8 +30,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 import client.runtime
 from client.place import Place
 from client.runtime import Connection, serve
-from common.errors import RoundAborted
-from server.superlink.grid import CoordinatorGrid
+from server.superlink.grid import CoordinatorGrid, SuperLinkDied
 from server.superlink.launcher import SuperLink
 
 ROOT = Path(__file__).parent.parent
@@ -299,7 +298,7 @@ def test_a_killed_superlink_is_an_error_soon_and_sites_find_its_successor_by_the
                 ),
                 lambda: list(grid.pull_messages(["0" * 64])),
             ):
-                with pytest.raises(RoundAborted, match=r"SuperLink does not answer.*--resume"):
+                with pytest.raises(SuperLinkDied, match=r"SuperLink does not answer.*--resume"):
                     ask()
             assert time.monotonic() - asked < 3 * 5
             grid.finish()

@@ -35,7 +35,6 @@ from flwr.supercore.retry import RetryInvoker, exponential
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from common.errors import RoundAborted
 from server.superlink.arrival import Arrival, Stalled, Unusable
 
 HEARTBEAT_S = 20.0  # the coordinator's token lives 60 s without one
@@ -50,7 +49,7 @@ Client = TypeVar("Client", bound=ProtobufClient)
 log = logging.getLogger("consilium.superlink")
 
 
-class SuperLinkDied(RoundAborted):
+class SuperLinkDied(Exception):  # noqa: N818 - what happened to it
     """Flower's SuperLink does not answer any more; it can be started again."""
 
 

@@ -111,7 +111,7 @@ def test_a_full_disk_charges_nothing_and_leaves_no_half_line(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(OSError, match="No space left on device: '.*xrays.jsonl'"):
+        with pytest.raises(OSError, match=r"No space left on device: '.*xrays\.jsonl'"):
             ledger.debit("run", 1, EVENT, num_rounds=9)
     assert (tmp_path / "xrays.jsonl").read_bytes() == before
     ledger.debit("run", 1, EVENT, num_rounds=9)
