@@ -94,9 +94,13 @@ INSIDE = {
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
     """,
     "server/superlink/calls.py": """
+        flwr.proto.message_pb2.PullObjectResponse
+        flwr.proto.message_pb2.PushObjectRequest
+        flwr.proto.message_pb2.PushObjectResponse
         flwr.supercore.constant.TASK_TOKEN_HEADER
         flwr.supercore.dependencies.task.authenticate_task
         flwr.supercore.error.http_error_translator
+        flwr.supercore.inflatable.inflatable_object.UnexpectedObjectContentError
         flwr.supercore.protobuf.constants.PROTOBUF_MEDIA_TYPE
         flwr.supercore.protobuf.translation.PROTOBUF_REQUEST_TYPES
         flwr.supercore.protobuf.translation.ProtobufTranslationMiddleware
@@ -124,7 +128,10 @@ INSIDE = {
     """,
     "server/superlink/object_store.py": """
         flwr.proto.message_pb2.ObjectTree
+        flwr.supercore.inflatable.inflatable_object.get_object_id
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
+        flwr.supercore.inflatable.inflatable_utils.validate_object_content
+        flwr.supercore.object_store.NoObjectInStoreError
         flwr.supercore.object_store.in_memory_object_store.InMemoryObjectStore
     """,
     "server/superlink/launcher.py": """

@@ -3,13 +3,20 @@
 Flower's store believes whoever names an object first: an id gets the children of the first tree it
 stands in, long before its content shows which ones it has. A site that put false children under an
 id that others use, too (an empty record, the next broadcast of a model), silenced all of them.
+Flower's store also has everything in memory; here the objects lie on a shelf.
 """
 
 from __future__ import annotations
 
 from flwr.proto.message_pb2 import ObjectTree
-from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_object_id, iterate_object_tree
+from flwr.supercore.inflatable.inflatable_utils import validate_object_content
+from flwr.supercore.object_store import NoObjectInStoreError
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
+
+from server.superlink.shelf import Shelf
+
+ON_SHELF = b"on the shelf"  # stands for an object's bytes in Flower's calls; no object is like it
 
 
 class FlatStore(InMemoryObjectStore):
@@ -21,6 +28,11 @@ class FlatStore(InMemoryObjectStore):
       message's id is known to nobody before it is sent. Whoever receives a message puts it together
       by what the objects themselves say.
     """
+
+    def __init__(self, shelf: Shelf) -> None:
+        """Begin with what lies on a shelf: nothing."""
+        super().__init__()
+        self.shelf = shelf
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """Note the objects of a message; those that are missing are returned.
@@ -50,6 +62,55 @@ class FlatStore(InMemoryObjectStore):
         with self.lock_store:
             known = self.store.get(object_id)
             return known is not None and known.ref_count == 0
+
+    def receive(self, object_id: str, content: bytes) -> None:
+        """Lay an object on the shelf; ``put`` says then whether it is wanted.
+
+        It may take as long as a disk needs, and nobody has to wait for it.
+
+        Raises:
+          ValueError: Its bytes are not those that its id stands for.
+          UnexpectedObjectContentError: It is no object of Flower's.
+          OSError: The disk is full.
+        """
+        if get_object_id(content) != object_id:
+            raise ValueError(f"Object ID {object_id} does not match content hash")
+        validate_object_content(content)
+        self.shelf.put(object_id, content)
+
+    def put(self, object_id: str, object_content: bytes) -> None:
+        """Take in an object, or what stands for one that was received before."""
+        if object_content != ON_SHELF:
+            self.receive(object_id, object_content)
+        with self.lock_store:
+            known = self.store.get(object_id)
+            if known is None:
+                self.shelf.delete(object_id)
+                raise NoObjectInStoreError(f"Object with ID '{object_id}' was not pre-registered.")
+            if self.shelf.num_bytes(object_id) is None:
+                raise ValueError(f"Object with ID '{object_id}' was not received.")
+            known.is_available = True
+
+    def get(self, object_id: str) -> bytes | None:
+        """What stands for an object: whoever sends it reads it from the shelf."""
+        with self.lock_store:
+            known = self.store.get(object_id)
+            if known is None:
+                return None
+            return ON_SHELF if known.is_available else b""
+
+    def delete(self, object_id: str) -> None:
+        """Forget a message, and those of its objects that no other one has."""
+        with self.lock_store:
+            super().delete(object_id)
+            if object_id not in self.store:
+                self.shelf.delete(object_id)
+
+    def drop_unwanted(self, object_id: str) -> None:
+        """Take from the shelf what was received and then not put."""
+        with self.lock_store:
+            if object_id not in self.store:
+                self.shelf.delete(object_id)
 
 
 def _flat(root: str, parts: list[str]) -> ObjectTree:

@@ -42,6 +42,7 @@ from server.superlink.listener import (
     tls_context,
 )
 from server.superlink.object_store import FlatStore
+from server.superlink.shelf import OBJECTS, Shelf
 from server.superlink.uploads import Uploads
 
 MAX_LOG_BYTES = 16 << 20  # twice: what a member can make it say must not fill the disk
@@ -88,7 +89,7 @@ class Members:
         self._state.deactivate_node(self._nodes[name])
 
 
-def flower_app(told: Listening) -> tuple[App, Any, FlatStore]:
+def flower_app(told: Listening, shelf: Shelf) -> tuple[App, Any, FlatStore]:
     """Flower's SuperLink, in memory: what must survive lies at the sites and the coordinator.
 
     Returned with what it knows of its nodes and what it keeps of messages.
@@ -118,16 +119,18 @@ def flower_app(told: Listening) -> tuple[App, Any, FlatStore]:
         runtime_dependency_install=False,
     )
     app = create_app(config, SuperLinkLifespan)
-    state, store = app.state.linkstate_factory.state(), FlatStore()
+    state, store = app.state.linkstate_factory.state(), FlatStore(shelf)
     state._object_store = store  # noqa: SLF001 - Flower takes no other store than its own
-    return Calls(app, state), state, store
+    return Calls(app, state, store), state, store
 
 
-async def serve(told: Listening) -> None:
-    """Both listeners, until standard input ends."""
+async def serve(told: Listening, folder: Path) -> None:
+    """Both listeners, until standard input ends; the folder is this process's own."""
+    shelf = Shelf(folder / OBJECTS)
+    shelf.clear()
     public = _bound(told.host, told.port)
     admin = _bound("127.0.0.1", 0)
-    app, state, store = flower_app(told)
+    app, state, store = flower_app(told, shelf)
     doorkeeper = Doorkeeper(Path(told.ca), Path(told.revocation_list), told.members)
     context = tls_context(Path(told.ca), Path(told.certificate), Path(told.key))
     uploads = Uploads(app, store, told.max_upload_bytes)
@@ -185,4 +188,5 @@ if __name__ == "__main__":
     flower = logging.getLogger("flwr")
     flower.setLevel(logging.WARNING)
     flower.handlers.clear()  # its colours do not belong in a file
-    asyncio.run(serve(Listening(**json.loads(sys.stdin.readline()))))
+    told = Listening(**json.loads(sys.stdin.readline()))
+    asyncio.run(serve(told, Path(sys.argv[1]).parent))

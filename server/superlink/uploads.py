@@ -20,7 +20,8 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from server.superlink.asgi import App, Receive, Scope, Send, after, reply
-from server.superlink.listener import FLEET, SITE
+from server.superlink.calls import FLEET, PARSED, taken_out
+from server.superlink.listener import SITE
 from server.superlink.object_store import FlatStore
 
 PUSH_MESSAGES, PUSH_OBJECT = FLEET + "push-messages", FLEET + "push-object"
@@ -75,8 +76,10 @@ class Uploads:
         site, event = scope[SITE], await receive()
         try:
             if scope["path"] == PUSH_OBJECT:
-                self._take(site, event["body"])
-                await self._app(scope, after(event, receive), send)
+                request = _parsed(PushObjectRequest, event["body"])
+                content = taken_out(request)
+                self._take(site, request.object_id, len(content))
+                await self._app({**scope, PARSED: (request, content)}, after(event, receive), send)
                 return
             answer = self._checked(event["body"])
             async with self._announcing[site]:  # until Flower knows it, it is in no store
@@ -101,15 +104,13 @@ class Uploads:
             kept = [*kept[1 - MAX_ANSWERS :], answer]
         self._answers[site] = kept
 
-    def _take(self, site: str, body: bytes) -> None:
+    def _take(self, site: str, name: str, num_bytes: int) -> None:
         """Note an object of an answer, before it is stored."""
-        request = _parsed(PushObjectRequest, body)
-        name = request.object_id
         found = [a for a in self._answers[site] if name in a.parts or name == a.message_id]
         if not found or found[-1].message_id not in self._store:
             raise Refused(410, "nobody waits for this")
         answer = found[-1]
-        answer.num_bytes[name] = len(request.object_content)
+        answer.num_bytes[name] = num_bytes
         if sum(answer.num_bytes.values()) > self._max_bytes:
             self._store.delete(answer.message_id)
             raise Refused(413, f"an answer of more than {self._max_bytes} bytes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from flwr.proto.node_pb2 import Node
 
 from server.superlink.listener import SITE
 from server.superlink.object_store import FlatStore
+from server.superlink.shelf import Shelf
 from server.superlink.uploads import PUSH_MESSAGES, PUSH_OBJECT, Uploads
 
 RUN, NODE = 3, 7
@@ -22,8 +24,8 @@ MOST = 1000  # bytes of one answer
 class Stored:
     """In Flower's place: stores what it is given."""
 
-    def __init__(self) -> None:
-        self.store = FlatStore()
+    def __init__(self, folder: Path) -> None:
+        self.store = store_in(folder)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body = (await receive())["body"]
@@ -36,12 +38,18 @@ class Stored:
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     def num_bytes(self) -> int:
-        return sum(len(each.content) for each in self.store.store.values())
+        return sum(self.store.shelf.num_bytes(each) or 0 for each in self.store.store)
+
+
+def store_in(folder: Path) -> FlatStore:
+    shelf = Shelf(folder / "objects")
+    shelf.clear()
+    return FlatStore(shelf)
 
 
 @pytest.fixture
-def flower() -> Stored:
-    return Stored()
+def flower(tmp_path: Path) -> Stored:
+    return Stored(tmp_path)
 
 
 @pytest.fixture
@@ -149,14 +157,16 @@ def test_what_was_fetched_is_pushed_no_more(flower: Stored, uploads: Uploads) ->
     assert announce(uploads, "answer", "one") == 200  # Flower decides whether it is still due
 
 
-def test_an_object_that_two_answers_share_stays_until_both_are_gone() -> None:
-    store = FlatStore()
+def test_an_object_that_two_answers_share_stays_until_both_are_gone(tmp_path: Path) -> None:
+    store = store_in(tmp_path)
     for answer in ("one", "two"):
         children = [ObjectTree(object_id=id_of("shared"))]
         store.preregister(RUN, ObjectTree(object_id=id_of(answer), children=children))
     store.put(id_of("shared"), content("shared"))
     store.delete(id_of("shared"))  # which a site may ask for
     store.delete(id_of("one"))
-    assert store.get(id_of("shared")) == content("shared")
+    assert store.get(id_of("shared"))
+    assert store.shelf.num_bytes(id_of("shared")) == len(content("shared"))
     store.delete(id_of("two"))
+    assert store.shelf.num_bytes(id_of("shared")) is None
     assert len(store) == 0
