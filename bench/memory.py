@@ -18,6 +18,7 @@ from our_rounds.memory import (
     SMALL_PARAMS,
     SMALL_SITES,
     SUPERLINK,
+    TOGETHER,
     WHOLE_SITES,
     Taken,
     memory_of_run,
@@ -76,6 +77,7 @@ def told(taken: Taken, small: Taken) -> dict[str, Any]:
         "at": max(taken.steps, key=taken.steps.__getitem__),
         "steps_mb": {step: most / MEGA for step, most in taken.steps.items()},
         "whole_sites": WHOLE_SITES,
+        "others_together": TOGETHER,
         "study": ONE_STEP,
     }
 

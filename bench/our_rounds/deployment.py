@@ -34,6 +34,7 @@ STUDY = BENCH.parent / "studies" / "phantoms.toml"  # of it, only what is not ma
 DATA = {"name": "none", "format": "phantom", "declared_patients": 100}
 START_S, ROUND_S, PER_ENTRY_S = 120.0, 120.0, 1e-6  # how long we wait; the last: of each upload
 SAMPLE_S = 0.25
+MOST_SITES = 255  # of a study
 MOST_STARTED = 4  # sites that are programs of their own; so many import torch in a minute
 
 
@@ -70,13 +71,20 @@ class Deployed:
     num_params: int
     patience_s: float  # with a whole run
 
-    def run(self, coordinator: str, site: str, num_started: int = MOST_STARTED) -> list[Sample]:
+    def run(
+        self,
+        coordinator: str,
+        site: str,
+        num_started: int = MOST_STARTED,
+        together: int = MOST_SITES,
+    ) -> list[Sample]:
         """Run the study with these modules in the place of ``fl-server`` and ``fl-client``.
 
         Args:
           coordinator: Its module.
           site: The module of the first ``num_started`` sites.
           num_started: The others are forks of one process.
+          together: Forks that may make an answer at the same time.
 
         Returns:
           What the programs had computed, every moment.
@@ -103,7 +111,9 @@ class Deployed:
         ]
         if others := self.made.names[num_started:]:
             sites.append(
-                self._started("our_rounds.forked", self.num_params, self.made.folder, *others)
+                self._started(
+                    "our_rounds.forked", self.num_params, together, self.made.folder, *others
+                )
             )
         return self._sampled_to_end(program, sites)
 

@@ -17,7 +17,9 @@ from our_rounds.deployment import deployed
 from our_rounds.peaks import IDLE, read_peaks
 
 NUM_ROUNDS = 2
-WHOLE_SITES = 3  # that train and are measured; there is no memory for more of 45M parameters
+# There is no memory for more of 45M parameters:
+WHOLE_SITES = 3  # that train and are measured
+TOGETHER = 4  # of the others that may make their answers at the same time; all may send them
 ONE_STEP = {"training.local_epochs": 1, "training.batch_size": 1024}  # more take no more
 SMALL_PARAMS, SMALL_SITES = 1_000, 3
 COORDINATOR, SUPERLINK, SITE = "fl-server", "SuperLink", "fl-client"
@@ -45,7 +47,8 @@ class Taken:
 def memory_of_run(num_params: int, num_sites: int) -> dict[str, Taken]:
     """Peaks of fl-server, its SuperLink, and the fl-client that took the most."""
     with deployed(num_params, NUM_ROUNDS, num_sites, **ONE_STEP) as one:
-        one.run("our_rounds.memory_coordinator", "our_rounds.memory_site", WHOLE_SITES)
+        programs = ("our_rounds.memory_coordinator", "our_rounds.memory_site")
+        one.run(*programs, WHOLE_SITES, TOGETHER)
         noted = read_peaks(one.notes_of("coordinator"))
         whole = one.made.names[:WHOLE_SITES]
         sites = [Taken.of(read_peaks(one.notes_of(name))[name]) for name in whole]
