@@ -56,9 +56,8 @@ from flwr.supercore.runtime import RuntimeHttpClient
 
 from client.runtime import Connection, Disconnected
 from common.authority import CERTIFICATE, REVOKED, Authority
-from common.errors import RoundAborted
 from common.identity import Role
-from server.superlink.grid import direct
+from server.superlink.grid import SuperLinkDied, direct
 from server.superlink.launcher import ADMIN_HEADER, SuperLink
 from server.superlink.link_test import LINK_TEST
 from server.superlink.listener import (
@@ -521,7 +520,7 @@ def test_the_coordinator_shows_its_secret_to_no_proxy(
             grid = started.open_grid()
             assert grid.connected() == {}
             grid.finish()
-            with pytest.raises(RoundAborted):
+            with pytest.raises(SuperLinkDied):
                 grid.connected()  # its client is made anew after the end, and the run is over
             grid.close()
     assert got == []
