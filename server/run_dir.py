@@ -353,6 +353,7 @@ def _read_statements(file: Path) -> list[Statement]:
 def _never_began(path: Path) -> bool:
     """Whether a start failed here before any site agreed, and nothing else lies in the folder."""
     present = {entry.name for entry in path.iterdir() if entry.name[0] != "."}
+    present -= {file.name for file in path.glob("keys-*.json")}  # an epoch begins with its manifest
     started = {
         STUDY,
         SIMULATION,

@@ -25,8 +25,9 @@ from light_run import (
     wait_until,
 )
 from moments import Moment
-from outcome import Outcome, faults_of
+from outcome import Outcome, faults_of, json_lines
 
+from client.site import AUDIT
 from common.authority import CERTIFICATE, REVOKED
 
 ROOT = Path(__file__).parents[1]
@@ -57,6 +58,13 @@ def in_training(site: str, sum_number: int) -> Moment:
 def has_arrived(site: str, sum_number: int) -> Moment:
     words = ('"received"', '"Upload"', f'"{site}"', f'"sum_number":{sum_number},')
     return Moment("run/audit.jsonl", words)
+
+
+def num_tasks(made: Consortium, site: str, sum_number: int) -> int:
+    """How often a site was asked for its upload of one sum."""
+    lines = json_lines(made.state(site) / AUDIT)
+    asked = [line["sum_number"] for line in lines if line.get("type") == "RoundTask"]
+    return asked.count(sum_number)
 
 
 def round_done(number: int) -> Moment:
@@ -121,6 +129,8 @@ def test_a_frozen_site_and_a_line_that_is_cut_in_three_ways_change_nothing(
             assert not has_arrived("site-1", sum_number).has_come(made)
             line.mend()
         finish(made)
+        # The upload went on where it had stopped: nobody had to ask for it again.
+        assert [num_tasks(made, "site-1", number) for number in range(4)] == [1, 1, 1, 1]
     assert list(ended(made).differences(ended(undisturbed))) == []
 
 

@@ -182,8 +182,10 @@ class Asking:
             idle = {each: grid.idle_s(each) for each in asked.questions}
             coming = [q for q, seconds in idle.items() if seconds is not None and seconds < LOOK_S]
             if coming:
-                grid.forget([each for each in asked.questions if each != coming[0]])
-                asked.questions = coming[:1]
+                # The newest: an answer whose process died half way seems to come, too, when the
+                # next one brings the pieces that both have in common.
+                grid.forget([each for each in asked.questions if each != coming[-1]])
+                asked.questions = coming[-1:]
 
 
 def _read(site: str, asked: Asked, reply: FlowerMessage) -> Message | None:

@@ -43,7 +43,7 @@ from server.superlink.listener import (
 )
 from server.superlink.object_store import FlatStore
 from server.superlink.shelf import OBJECTS, Shelf
-from server.superlink.uploads import Uploads
+from server.superlink.uploads import Uploads, let_answers_go_on
 
 MAX_LOG_BYTES = 16 << 20  # twice: what a member can make it say must not fill the disk
 
@@ -121,6 +121,7 @@ def flower_app(told: Listening, shelf: Shelf) -> tuple[App, Any, FlatStore]:
     app = create_app(config, SuperLinkLifespan)
     state, store = app.state.linkstate_factory.state(), FlatStore(shelf)
     state._object_store = store  # noqa: SLF001 - Flower takes no other store than its own
+    let_answers_go_on(state, store)
     return Calls(app, state, store), state, store
 
 

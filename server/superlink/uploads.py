@@ -116,6 +116,24 @@ class Uploads:
             raise Refused(413, f"an answer of more than {self._max_bytes} bytes")
 
 
+def let_answers_go_on(state: Any, store: FlatStore) -> None:
+    """Let a site announce an answer again, and tell it what of it is missing still.
+
+    Flower deletes a question once the coordinator has fetched the head of its answer. When that
+    answer is announced again after the line broke, Flower finds no question to it, and says that
+    nothing of it is missing: the site believes that all has arrived, and the coordinator waits.
+    """
+    first_time = state.store_message_and_object_tree
+
+    def announced(message: Any, tree: Any, session_id: str) -> tuple[bool, list[str]]:
+        if message.metadata.reply_to_message_id and store.is_message(tree.object_id):
+            return True, state.preregister_object_tree(tree, session_id)
+        stored: tuple[bool, list[str]] = first_time(message, tree, session_id)
+        return stored
+
+    state.store_message_and_object_tree = announced
+
+
 def answer_of(body: bytes, max_objects: int) -> Answer:
     """The one answer that a request announces.
 

@@ -52,3 +52,12 @@ def test_a_folder_whose_disk_was_full_at_the_start_takes_a_new_run(tmp_path: Pat
     RunDir.open(tmp_path / "run", tiny_study(), resume=False)
     with pytest.raises(ConfigError, match="holds no run to resume"):
         RunDir.open(tmp_path / "other", tiny_study(), resume=True)
+
+
+def test_a_start_that_was_killed_between_the_keys_and_the_manifest_takes_a_new_run(
+    tmp_path: Path,
+) -> None:
+    first = RunDir.open(tmp_path / "run", tiny_study(), resume=False)
+    first._write("keys-1.json", b"[]")
+    del first
+    RunDir.open(tmp_path / "run", tiny_study(), resume=False)

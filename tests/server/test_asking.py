@@ -199,6 +199,19 @@ def test_when_an_answer_is_on_its_way_the_other_question_is_taken_back(
     assert grid.forgotten == ["q1"]
 
 
+def test_the_pieces_of_a_new_answer_bring_no_dead_one_to_life(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sends_what_both_have(grid: FakeGrid) -> None:
+        monkeypatch.setattr(asking, "LOOK_S", 1.0)
+        grid.coming |= {"q1": 0.0, "q2": 0.0}
+
+    events = says(A), connects(B, "tuesday"), nothing, sends_what_both_have, nothing, says(B)
+    grid = grid_of(*events)
+    assert answers(network_of(grid)) == BOTH
+    assert grid.forgotten == ["q1"]
+
+
 @pytest.mark.parametrize(
     ("code", "by_flower"), [(SITE_WENT, True), (CAME_TO_NOTHING, True), (CAME_TO_NOTHING, False)]
 )
