@@ -60,15 +60,16 @@ def measured(num_params: int, num_sites: int) -> dict[str, Any]:
 
 
 def print_tables() -> None:
-    """Both curves, and the SuperLink's CPU seconds by what they grow with."""
+    """Both curves, and what the CPU seconds of the coordinator's two programs grow with."""
     results = json.loads((Path(__file__).parent / "results.json").read_text())
     points = [one for one in results if one["bench"] == "scale"]
     light = [one for one in points if one["settings"]["num_params"] == LIGHT]
     heavy = [one for one in points if one["settings"]["num_sites"] == FEW]
     print_table("sites", "num_sites", light)
     print_table("parameters", "num_params", heavy)
-    per_site, per_megabyte = costs([one["settings"] for one in points])
-    print(f"SuperLink: {per_site:.3f} s per site, {per_megabyte:.4f} s per MB of model and site")
+    for program in PROGRAMS[:2]:
+        per_site, per_megabyte = costs([one["settings"] for one in points], program)
+        print(f"{program}: {per_site:.3f} s per site and {per_megabyte:.4f} s per site and MB")
 
 
 def print_table(title: str, key: str, points: list[dict[str, Any]]) -> None:
@@ -84,11 +85,11 @@ def print_table(title: str, key: str, points: list[dict[str, Any]]) -> None:
     print()
 
 
-def costs(points: list[dict[str, Any]]) -> tuple[float, float]:
-    """Of the SuperLink, CPU seconds per round: for each site, and for each megabyte it gets."""
+def costs(points: list[dict[str, Any]], program: str) -> tuple[float, float]:
+    """CPU seconds per round: for each site, and for each megabyte of the model that it gets."""
     sites = np.array([one["num_sites"] for one in points], float)
     megabytes = np.array([4e-6 * one["num_params"] for one in points])
-    used = np.array([one["cpu_s_per_round"]["SuperLink"] for one in points])
+    used = np.array([one["cpu_s_per_round"][program] for one in points])
     terms = np.stack([sites, sites * megabytes], axis=1)
     # Errors count in proportion: the largest point would decide alone otherwise.
     (per_site, per_megabyte), *_ = np.linalg.lstsq(terms / used[:, None], np.ones_like(used))
