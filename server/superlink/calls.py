@@ -159,10 +159,10 @@ def _handler(path: str) -> Handler | None:
 async def _read(request: Request, path: str) -> tuple[Any, bytes]:
     """What a request says, and the object that it brings."""
     ProtobufTranslationMiddleware._check_request_media_type(request)  # noqa: SLF001
-    body = await request.body()
     if PARSED in request.scope:
         message, content = request.scope[PARSED]
         return message, content
+    body = await request.body()
     kind = PROTOBUF_REQUEST_TYPES["POST", path]
     message = ProtobufTranslationMiddleware._parse_request(body, kind)  # noqa: SLF001
     return message, taken_out(message) if path.endswith(PUSH) else b""

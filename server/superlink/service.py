@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+import uvloop
 from flwr.common.constant import (
     HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
@@ -190,4 +191,4 @@ if __name__ == "__main__":
     flower.setLevel(logging.WARNING)
     flower.handlers.clear()  # its colours do not belong in a file
     told = Listening(**json.loads(sys.stdin.readline()))
-    asyncio.run(serve(told, Path(sys.argv[1]).parent))
+    uvloop.run(serve(told, Path(sys.argv[1]).parent))
