@@ -13,6 +13,7 @@ from common.audit import MAX_VALUE_CHARS
 from common.errors import DataError, FederationError, PolicyError, RemoteProtocolError
 from common.facts import facts_of
 from common.manifest import Manifest, check_manifest, check_members, plan_epoch
+from common.memory import give_back
 from common.messages import (
     Invitation,
     Message,
@@ -155,6 +156,7 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
         # Debit before the data is touched: a crash may waste budget, never overspend it.
         run = site.charged(session.manifest.run)
         site.ledger.debit(run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds)
+    give_back()  # what fetching the model took: training needs it
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
     # Nobody here holds on to the update: its memory is free before the masked one is made.
     quantized = quantize(

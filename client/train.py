@@ -16,6 +16,7 @@ from client.clipping import PerImageEngine, Units
 from client.dataset import Samples
 from client.images import Batch, Scans
 from client.noise import Keystream
+from common.memory import let_go
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan
 from common.study import Augmentation, Training
@@ -48,6 +49,7 @@ def train(
       Local minus global model. Private: it must pass the secure sum before it leaves.
     """
     network.load(model)
+    let_go(model)  # until the update is made
     network.module.train()
     # Dropout draws from torch's own generator: it too must depend on site and sum alone.
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
@@ -67,8 +69,8 @@ def train(
         loss.backward()  # type: ignore[no-untyped-call]
         _pull_back(network, start, training)
         optimizer.step()
-    del optimizer, start  # the update comes in their place
-    network.drop_gradients()
+    del start
+    _forget(network, optimizer)  # the update comes in its place
     return LocalUpdate(network.minus(model))
 
 
@@ -82,6 +84,12 @@ def _optimizer(network: FlatNetwork, training: Training, rate: float) -> torch.o
         )
     kind = torch.optim.Adam if training.optimizer == "adam" else torch.optim.AdamW
     return kind([network.values], lr=rate, weight_decay=decay, fused=True)
+
+
+def _forget(network: FlatNetwork, optimizer: torch.optim.Optimizer) -> None:
+    """Free what only training needs: an optimizer that is dropped keeps its moments for a while."""
+    optimizer.state.clear()
+    network.drop_gradients()
 
 
 def _start(network: FlatNetwork, training: Training) -> Tensor | None:
@@ -170,6 +178,7 @@ def train_privately(
       Abadi et al. (2016), Deep Learning with Differential Privacy, algorithm 1.
     """
     network.load(model)
+    let_go(model)  # until the update is made
     network.module.train()
     torch.manual_seed(int(secrets.integers(1)[0] >> np.uint64(1)))
     optimizer = _optimizer(network, training, rate)
@@ -188,8 +197,8 @@ def train_privately(
         # After the noise: the term depends on the weights alone, and clipping must not see it.
         _pull_back(network, start, training)
         optimizer.step()
-    del optimizer, start
-    network.drop_gradients()
+    del start
+    _forget(network, optimizer)
     return LocalUpdate(network.minus(model))
 
 

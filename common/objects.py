@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +17,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_head_values_from_object_content,
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from numpy.typing import NDArray
+
+from common.memory import in_memory
+
+Gather = Callable[[int, Iterable[memoryview]], NDArray[np.uint8]]  # so many bytes, from parts
 
 
 def num_bytes_together(contents: Mapping[str, bytes]) -> int:
@@ -36,7 +41,9 @@ def num_bytes_together(contents: Mapping[str, bytes]) -> int:
     )
 
 
-def put_together(whole: str, contents: dict[str, bytes]) -> InflatableObject:
+def put_together(
+    whole: str, contents: dict[str, bytes], gather: Gather = in_memory
+) -> InflatableObject:
     """What the objects make, as Flower would make it; they are used up on the way.
 
     Flower's own way has every array in memory three times before it is done; here it is there once,
@@ -45,6 +52,7 @@ def put_together(whole: str, contents: dict[str, bytes]) -> InflatableObject:
     Args:
       whole: Id of the object that consists of the others.
       contents: Object by id, as a peer sent them; their arrays are no larger than memory allows.
+      gather: Makes an array of its parts.
 
     Raises:
       Exception: Whatever a peer's bytes do to Flower: they are no message.
@@ -53,7 +61,7 @@ def put_together(whole: str, contents: dict[str, bytes]) -> InflatableObject:
     arrays = [key for key, kind in kinds.items() if kind == Array.__qualname__]
     uses = Counter(piece for key in arrays for piece in _pieces(contents[key]))
     made: dict[str, InflatableObject] = {
-        key: _array(contents[key], contents, uses) for key in arrays
+        key: _array(contents[key], contents, uses, gather) for key in arrays
     }
     for key, kind in kinds.items():
         if kind == ArrayRecord.__qualname__:
@@ -61,23 +69,27 @@ def put_together(whole: str, contents: dict[str, bytes]) -> InflatableObject:
     return inflate_object_from_contents(whole, contents, objects=made)
 
 
-def _array(content: bytes, contents: dict[str, bytes], uses: Counter[str]) -> Array:
-    """An array whose pieces are copied to their places, and dropped where nobody needs them."""
+def _array(content: bytes, contents: dict[str, bytes], uses: Counter[str], gather: Gather) -> Array:
+    """An array from its pieces, which go where nobody needs them again."""
     about, pieces = _about(content), _pieces(content)
     _check_all_used(content, pieces)
-    data = np.empty(sum(len(_body(contents[piece])) for piece in pieces), np.uint8)
-    start = 0
-    for piece in pieces:
-        body = _body(contents[piece])
-        data[start : start + len(body)] = np.frombuffer(body, np.uint8)
-        start += len(body)
-        uses[piece] -= 1
-        if not uses[piece]:
-            del body, contents[piece]
+    num_bytes = sum(len(_body(contents[piece])) for piece in pieces)
+    data = gather(num_bytes, _used_up(pieces, contents, uses))
     data.flags.writeable = False
     array = Array(about["dtype"], tuple(about["shape"]), about["stype"], b"")
     array.data = cast("bytes", data)
     return array
+
+
+def _used_up(
+    pieces: list[str], contents: dict[str, bytes], uses: Counter[str]
+) -> Iterator[memoryview]:
+    """What is in the pieces, in order; one that nobody needs again is forgotten."""
+    for piece in pieces:
+        yield _body(contents[piece])
+        uses[piece] -= 1
+        if not uses[piece]:
+            del contents[piece]
 
 
 def _record(content: bytes, made: Mapping[str, InflatableObject]) -> ArrayRecord:
@@ -118,4 +130,4 @@ def _body(content: bytes) -> memoryview:
     """What is in a piece, where it lies."""
     if _kind_of(content) != ArrayChunk.__qualname__:
         raise TypeError("something else where a piece of an array belongs")
-    return memoryview(content)[content.index(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]
+    return memoryview(content)[content.find(HEAD_BODY_DIVIDER) + len(HEAD_BODY_DIVIDER) :]

@@ -34,7 +34,7 @@ from common.throwaway import CA, SITES
 from server.collected import Collected
 from server.epoch import Epoch
 from server.state import State
-from server.tensor_file import write_tensors
+from server.tensor_file import read_tensors, write_tensors
 from server.transcript import TRANSCRIPT
 
 STATE = "state.safetensors"
@@ -220,9 +220,7 @@ class RunDir:
     def model(self, round_number: int, schema: Schema) -> NDArray[np.float32]:
         """The global model after a round, shape (num_params,)."""
         model = np.empty(schema.num_params, np.float32)
-        with safe_open(self.path / _model_name(round_number), framework="numpy") as file:
-            for name, part in schema.split(model).items():  # one at a time, to its place
-                np.copyto(part, file.get_tensor(name))
+        read_tensors(self.path / _model_name(round_number), schema.split(model))
         return model
 
     def tensors(self, round_number: int) -> dict[str, NDArray[np.float32]]:

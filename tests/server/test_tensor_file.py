@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save
 
-from server.tensor_file import write_tensors
+from common.errors import ConfigError
+from server.tensor_file import read_tensors, write_tensors
 
 RNG = np.random.default_rng(1)
 CASES: dict[str, tuple[dict[str, Any], dict[str, str] | None]] = {
@@ -68,3 +69,49 @@ def test_what_cannot_be_written_leaves_the_file_before(tmp_path: Path) -> None:
         write_tensors(file, {"model": np.ones(3, np.float16)})
     assert file.read_bytes() == before
     assert [each.name for each in tmp_path.iterdir()] == [file.name]
+
+
+@pytest.mark.parametrize("title", CASES)
+def test_what_was_written_is_read_to_its_place(title: str, tmp_path: Path) -> None:
+    tensors, metadata = CASES[title]
+    file = tmp_path / "some.safetensors"
+    write_tensors(file, tensors, metadata=metadata)
+    into = {name: np.zeros(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    read_tensors(file, into)
+    for name, tensor in tensors.items():
+        assert np.array_equal(into[name], tensor)
+
+
+def test_a_model_is_read_without_a_copy(tmp_path: Path) -> None:
+    model = np.arange(4 << 20, dtype=np.float32)
+    write_tensors(tmp_path / "model.safetensors", {"a": model[:7], "b": model[7:]})
+    into = np.empty_like(model)
+    tracemalloc.start()
+    try:
+        read_tensors(tmp_path / "model.safetensors", {"b": into[7:], "a": into[:7]})
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert np.array_equal(into, model)
+    assert most < model.nbytes / 16
+
+
+DAMAGED: dict[str, Any] = {
+    "empty": lambda _: b"",
+    "cut in its head": lambda content: content[:20],
+    "cut in its entries": lambda content: content[:-1],
+    "a head without an end": lambda content: b"\xff" * 8 + content[8:],
+    "another name": lambda content: content.replace(b"model", b"modem"),
+    "another type": lambda content: content.replace(b"F32", b"F64"),
+    "another shape": lambda content: content.replace(b"[3]", b"[4]"),
+    "no JSON": lambda content: content.replace(b"{", b"["),
+}
+
+
+@pytest.mark.parametrize("title", DAMAGED)
+def test_a_damaged_file_is_named(title: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    write_tensors(file, {"model": np.ones(3, np.float32)})
+    file.write_bytes(DAMAGED[title](file.read_bytes()))
+    with pytest.raises(ConfigError, match=r"model\.safetensors is damaged"):
+        read_tensors(file, {"model": np.zeros(3, np.float32)})
