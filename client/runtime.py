@@ -47,6 +47,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufCall, ProtobufRequestContext
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -56,6 +57,7 @@ from client.place import TIMEOUT_S, Place, open_line
 from client.transfer import PASSING, Meter, NotKept, persistently, send
 from common.errors import FederationError
 from common.identity import Identity
+from common.memory import on_disk
 from common.objects import num_bytes_together, put_together
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.02, 1.0  # between two questions "anything for me?"
@@ -164,7 +166,7 @@ class Connection:
         persistently(partial(self._client.ConfirmMessageReceived, done), self._stopped)
         if num_bytes_together(contents) > MAX_MESSAGE_BYTES:
             raise Disconnected(f"a message of more than {MAX_MESSAGE_BYTES} bytes")
-        message = put_together(whole, contents)
+        message = put_together(whole, contents, partial(on_disk, self._place.node_file.parent))
         if not isinstance(message, Message):
             raise Disconnected("what came is no message of Flower's")
         message.metadata.__dict__["_message_id"] = whole
@@ -272,6 +274,7 @@ def _fleet_client(place: Place, identity: Identity) -> FleetHttpClient:
         interceptors=[
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
             NodeAuthHttpInterceptor(identity.key, identity.key.public_key()),
+            _LetGo(),
         ],
         verify=place.tls(),
         timeout=TIMEOUT_S,
@@ -279,6 +282,15 @@ def _fleet_client(place: Place, identity: Identity) -> FleetHttpClient:
     client._client.close()  # noqa: SLF001 - the contract test looks for it
     client._client = line  # noqa: SLF001
     return client
+
+
+class _LetGo:
+    """Frees every answer at once: httpx's answers hold themselves until somebody collects them."""
+
+    def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
+        response = call_next(context)
+        response.stream = httpx.ByteStream(b"")
+        return response
 
 
 def serve(

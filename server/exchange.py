@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,12 +19,19 @@ from server.network import Enough, Network, never
 
 SILENT = "silent"
 Keep = Callable[[int, Message], None]  # site, reply; raises RemoteProtocolError
+Barred = Callable[[], set[str]]
+LOOK_S = 2.0  # between two looks at who is barred
 log = logging.getLogger("consilium.coordinator")
 
 
 def utc_now() -> datetime:
     """The coordinator's clock."""
     return datetime.now(UTC)
+
+
+def nobody() -> set[str]:
+    """No site is barred."""
+    return set()
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Exchange:
         keep: Keep,
         deadline_s: float,
         enough: Enough = never,
+        barred: Barred = nobody,
     ) -> dict[str, str]:
         """Ask sites; hand each answer to ``keep``.
 
@@ -53,6 +62,7 @@ class Exchange:
           keep: Checks an answer and keeps what is needed of it.
           deadline_s: Of this phase, as the study says.
           enough: See ``Network.ask``.
+          barred: Who is let in no more, and so is not waited for.
 
         Returns:
           Who gave no good answer, and why in a word; a wrong one is kept as evidence.
@@ -61,7 +71,18 @@ class Exchange:
         answered = set()
         for site, message in messages.items():
             self.audit.append("sent", peer=site, **facts_of(message))
-        for site, reply in self.network.ask(messages, deadline_s, enough):
+        looked = time.monotonic()
+
+        def is_over() -> bool:
+            nonlocal looked
+            if enough():
+                return True
+            if time.monotonic() < looked + LOOK_S:
+                return False
+            looked = time.monotonic()
+            return {site for site, why in missing.items() if why == SILENT} <= barred()
+
+        for site, reply in self.network.ask(messages, deadline_s, is_over):
             self.audit.append("received", peer=site, **facts_of(reply))
             if isinstance(reply, Refusal):
                 missing[site] = reply.reason.value

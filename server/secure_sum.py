@@ -158,7 +158,13 @@ def _collect(
 
     identity, revoked = exchange.credentials.identity, exchange.credentials.revoked()
     tasks = {name: epoch.task_for(site, task, identity, revoked) for site, name in enumerate(names)}
-    collected.missing = exchange.ask_all(names, tasks, keep, exchange.deadlines.upload_s)
+    collected.missing = exchange.ask_all(
+        names,
+        tasks,
+        keep,
+        exchange.deadlines.upload_s,
+        barred=lambda: epoch.revoked(exchange.credentials, exchange.now()),
+    )
     epoch.delivered.update(collected.uploads)
     return collected, spent
 

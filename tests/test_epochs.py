@@ -14,6 +14,7 @@ from faulty_network import Fault, FaultyNetwork, Killed
 from federation import Watcher, answers_of, federate, open_sites, tiny_study
 from vectors_federation import VectorFederation, fast_folder, silent_when
 
+import server.exchange
 from common.authority import REVOKED, Authority
 from common.errors import BudgetExhausted, ConfigError, PolicyError, RoundAborted
 from common.identity import read_certificate
@@ -31,7 +32,7 @@ from common.messages import (
 from common.throwaway import CA
 from server.cohort import RETRY_SUMS
 from server.coordinator import Summary
-from server.network import Answer
+from server.network import Answer, Enough
 from server.run_dir import RunDir
 from server.secure_sum import Void
 
@@ -319,6 +320,33 @@ def test_no_site_takes_part_in_a_sum_with_a_member_that_was_revoked(folder: Path
     assert summary["survivors"] == [ALL, left, left]
     models = {m.sum_number: m.model_digest for _, m in story.network.of(RoundTask)}
     assert models[1] == models[2]  # the void sum taught nothing
+
+
+def test_nobody_waits_for_a_member_that_was_revoked_meanwhile(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server.exchange, "LOOK_S", 0.0)
+    story, told = Story(folder), []
+    ask = story.network.ask
+
+    def asked(messages: dict[str, Message], deadline_s: float, enough: Enough) -> Iterator[Any]:
+        yield from ask(messages, deadline_s, enough)
+        if any(isinstance(each, RoundTask) and each.sum_number == 1 for each in messages.values()):
+            told.append(enough())
+            story.revoke("site-2")
+            told.append(enough())
+            story.revoke("site-2", "site-3")
+            told.append(enough())
+
+    story.network.ask = asked
+    story.network.faults = lambda site, message: (
+        Fault.SILENT
+        if site == "site-3" and isinstance(message, RoundTask) and message.sum_number == 1
+        else None
+    )
+    with pytest.raises(RoundAborted, match="2 sites take part"):
+        story.run()
+    assert told == [False, False, True]
 
 
 # Too few

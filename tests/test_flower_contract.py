@@ -74,6 +74,8 @@ INSIDE = {
         flwr.supercore.inflatable.inflatable_utils.pull_objects
         flwr.supercore.interceptors.RuntimeVersionHttpInterceptor
         flwr.supercore.primitives.asymmetric.public_key_to_bytes
+        flwr.supercore.protobuf.client.ProtobufCall
+        flwr.supercore.protobuf.client.ProtobufRequestContext
         flwr.supernode.fleet_http_client.FleetHttpClient
         flwr.supernode.node_auth_http_interceptor.NodeAuthHttpInterceptor
     """,
@@ -94,9 +96,11 @@ INSIDE = {
         flwr.supercore.inflatable.inflatable_object.iterate_object_tree
     """,
     "server/superlink/calls.py": """
+        flwr.proto.message_pb2.ObjectTree
         flwr.proto.message_pb2.PullObjectResponse
         flwr.proto.message_pb2.PushObjectRequest
         flwr.proto.message_pb2.PushObjectResponse
+        flwr.proto.task_pb2.Task
         flwr.supercore.constant.TASK_TOKEN_HEADER
         flwr.supercore.dependencies.task.authenticate_task
         flwr.supercore.error.http_error_translator
@@ -110,15 +114,23 @@ INSIDE = {
     """,
     "server/superlink/grid.py": """
         flwr.app.message.make_message
+        flwr.app.message.remove_content_from_message
         flwr.common.constant.ErrorCode
+        flwr.common.serde.message_to_proto
         flwr.common.serde.run_from_proto
         flwr.common.serde_utils.metadata_from_proto
         flwr.proto.message_pb2.ConfirmMessageReceivedRequest
+        flwr.proto.message_pb2.ObjectTree
         flwr.proto.message_pb2.PullObjectRequest
+        flwr.proto.message_pb2.PushObjectResponse
         flwr.proto.runtime_pb2.PullAppMessagesRequest
         flwr.proto.runtime_pb2.PullTaskInputRequest
+        flwr.proto.runtime_pb2.PushAppMessagesRequest
         flwr.proto.runtime_pb2.PushTaskOutputRequest
         flwr.proto.runtime_pb2.SendTaskHeartbeatRequest
+        flwr.supercore.inflatable.inflatable_object.InflatableObject
+        flwr.supercore.inflatable.inflatable_object.get_all_nested_objects
+        flwr.supercore.inflatable.inflatable_object.get_object_tree
         flwr.supercore.interceptors.RuntimeTokenHttpInterceptor
         flwr.supercore.protobuf.client.ProtobufClient
         flwr.supercore.retry.RetryInvoker

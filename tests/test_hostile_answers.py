@@ -345,11 +345,9 @@ def test_an_answer_without_progress_is_given_up_and_its_site_asked_again(
         assert asked(grid, (BAD,)) == {BAD: HONEST}
 
 
-def test_an_answer_that_stands_still_gives_its_place_to_another(
-    grid: CoordinatorGrid, sites: dict[str, Site], monkeypatch: pytest.MonkeyPatch
+def test_an_answer_that_stands_still_holds_up_no_other(
+    grid: CoordinatorGrid, sites: dict[str, Site]
 ) -> None:
-    monkeypatch.setattr(server.superlink.grid, "MAX_BODIES", 1)
-    monkeypatch.setattr(server.superlink.grid, "TURN_S", 0.2)
     arrived, announced = [], threading.Event()
 
     def hostile() -> None:
@@ -595,10 +593,7 @@ def test_a_question_that_is_answered_is_deleted_whatever_the_site_confirms(
 
 
 def is_gone(grid: CoordinatorGrid, message_id: str) -> bool:
-    try:
-        return not grid._pulled(message_id)
-    except server.superlink.arrival.Stalled:
-        return True
+    return not grid._is_kept(message_id)
 
 
 def ask_flower(grid: CoordinatorGrid, site: Site, ttl: float) -> list[str]:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, cast
 
 from flwr.app import Error, Message
 from flwr.app.message import make_message
@@ -16,10 +15,12 @@ from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from common.objects import num_bytes_together, put_together
+from server.superlink.shelf import Shelf
 
 STALLED_S = 180.0  # without progress; so long may one object take at the door
+ASK_S = 1.0  # without progress, until the SuperLink is asked whether it still waits
 
-Fetch = Callable[[str], bytes | None]
+IsKept = Callable[[str], bool]
 
 
 class Unusable(Exception):  # noqa: N818 - what a site did, not a defect
@@ -32,7 +33,7 @@ class Stalled(Exception):  # noqa: N818 - maybe nobody's fault
 
 @dataclass
 class Arrival:
-    """Holds what came so far.
+    """Knows what came so far; it lies on the shelf until all of it is there.
 
     Its metadata are those that the SuperLink has checked. What the site put into the message itself
     may say that it answers another site's question.
@@ -41,10 +42,9 @@ class Arrival:
     metadata: Metadata
     objects: list[str]
     ends: float  # nobody waits any more
-    came: dict[str, bytes] = field(default_factory=dict)
-    awaited: str = ""  # the object that was not there when it was asked for last
-    most: int = 0  # objects that were here together
+    came: dict[str, int] = field(default_factory=dict)  # bytes by object
     moved: float = field(default_factory=time.monotonic)  # when something new came
+    asked: float = 0.0  # when it was asked for what is missing
 
     @classmethod
     def of(cls, metadata: Metadata, tree: ObjectTree, ends: float) -> Self:
@@ -67,42 +67,48 @@ class Arrival:
 
     def num_bytes(self) -> int:
         """How much came."""
-        return sum(map(len, self.came.values()))
+        return sum(self.came.values())
 
-    def start_again(self) -> None:
-        """Give the memory back; nothing was deleted at the SuperLink."""
-        self.came.clear()
+    def advance(self, shelf: Shelf, is_kept: IsKept, max_bytes: int) -> Message | None:
+        """Look what has come by now; the message, once it is whole.
 
-    def advance(self, fetch: Fetch, pool: Executor, max_bytes: int) -> Message | None:
-        """Fetch what has come by now; the message, once it is whole.
+        Args:
+          shelf: Where it comes to.
+          is_kept: Whether the SuperLink waits for an object of it; asked now and then.
+          max_bytes: Of what it may become.
 
         Raises:
           Stalled: It does not come whole.
           Unusable: It is no message.
         """
-        while missing := [each for each in self.objects if each not in self.came]:
-            # They are pushed about in order: it is enough to ask for the one that was not there.
-            self.awaited = self.awaited if self.awaited in missing else missing[0]
-            first = fetch(self.awaited)
-            if first is None:
-                break
-            others = [each for each in missing if each != self.awaited]
-            found = zip(others, pool.map(fetch, others), strict=True)
-            self.came[self.awaited] = first
-            self.came |= {each: content for each, content in found if content is not None}
+        now = time.monotonic()
+        missing = []
+        for each in self.objects:
+            if each in self.came:
+                continue
+            if (num_bytes := shelf.num_bytes(each)) is None:
+                missing.append(each)
+            else:
+                self.came[each], self.moved = num_bytes, now
         if not missing:
-            return self._put_together(max_bytes)
-        if len(self.came) > self.most:
-            self.most, self.moved = len(self.came), time.monotonic()
-        if self.idle_s() > STALLED_S or time.monotonic() > self.ends:
+            return self._put_together(shelf, max_bytes)
+        if self.idle_s() > STALLED_S or now > self.ends:
             raise Stalled(f"{len(missing)} of {len(self.objects)} objects never came")
+        if now > max(self.asked, self.moved) + ASK_S:
+            self.asked = now
+            if not is_kept(missing[0]):
+                raise Stalled("it was withdrawn, or was too large")
         return None
 
-    def _put_together(self, max_bytes: int) -> Message:
+    def _put_together(self, shelf: Shelf, max_bytes: int) -> Message:
         try:
-            num_bytes = num_bytes_together(self.came)
+            # Flower asks for bytes; what of a file is looked at is in memory while it is.
+            contents = {each: cast("bytes", shelf.open(each)) for each in self.objects}
+            num_bytes = num_bytes_together(contents)
             is_small = num_bytes <= max_bytes
-            message = put_together(self.message_id, self.came) if is_small else None
+            message = put_together(self.message_id, contents) if is_small else None
+        except FileNotFoundError:
+            raise Stalled("it was withdrawn while it was read") from None
         except Exception as error:  # noqa: BLE001 - whatever a site's bytes do to Flower
             raise Unusable(f"it is no message ({type(error).__name__})") from None
         if not is_small:

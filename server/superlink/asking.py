@@ -69,11 +69,13 @@ class Asking:
 
         Raises:
           SuperLinkDied: It has to be started again.
+          OSError: The disk is full.
         """
         now = time.monotonic()
         if now < self._next_look:
             return
         self._next_look = now + LOOK_S
+        grid.check_room()
         there = grid.connected()
         due = {}
         for site in self._unanswered:

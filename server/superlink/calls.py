@@ -18,7 +18,13 @@ from mmap import mmap
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request, Response
-from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest, PushObjectResponse
+from flwr.proto.message_pb2 import (
+    ObjectTree,
+    PullObjectResponse,
+    PushObjectRequest,
+    PushObjectResponse,
+)
+from flwr.proto.task_pb2 import Task
 from flwr.supercore.constant import TASK_TOKEN_HEADER
 from flwr.supercore.dependencies.task import authenticate_task
 from flwr.supercore.error import http_error_translator
@@ -34,6 +40,7 @@ from flwr.superlink.servicer.runtime import runtime_handlers
 
 from server.superlink.asgi import Receive, Scope, Send
 from server.superlink.object_store import ON_SHELF, FlatStore
+from server.superlink.shelf import SHELVED
 
 FLEET, RUNTIME = "/v1/fleet/", "/v1/runtime/"
 PUSH, PULL = "/push-object", "/pull-object"
@@ -54,10 +61,19 @@ OF_SITES: dict[str, Handler] = {
     "confirm-message-received": fleet_handlers.confirm_message_received,
 }
 WITH_STORE = {"pull-messages", "confirm-message-received"}  # of the sites' calls
+
+
+def shelved(session: ObjectTree, state: Any, task: Task) -> PushObjectResponse:
+    """Take in what the coordinator laid on the shelf itself: the parts of a session."""
+    parts = [each.object_id for each in session.children]
+    stored = [state.store_object(task.run_id, session.object_id, each, ON_SHELF) for each in parts]
+    return PushObjectResponse(stored=all(stored))
+
+
 OF_COORDINATOR: dict[str, Handler] = {
     "push-messages": runtime_handlers.push_messages,
+    "shelved": shelved,
     "pull-messages": runtime_handlers.pull_messages,
-    "push-object": runtime_handlers.push_object,
     "pull-object": runtime_handlers.pull_object,
     "confirm-message-received": runtime_handlers.confirm_message_received,
     "get-nodes": runtime_handlers.get_nodes,
@@ -120,8 +136,9 @@ class Calls:
         return True
 
     def _from_shelf(self, object_id: str) -> Any:
-        content = self._store.shelf.open(object_id)
-        if content is None:  # deleted since
+        try:
+            content = self._store.shelf.open(object_id)
+        except FileNotFoundError:  # deleted since
             return _written(PullObjectResponse(object_found=False))
         found = PullObjectResponse(object_found=True, object_available=True)
         return Sent(found.SerializeToString() + bytes([CONTENT]) + _varint(len(content)), content)
@@ -163,7 +180,7 @@ async def _read(request: Request, path: str) -> tuple[Any, bytes]:
         message, content = request.scope[PARSED]
         return message, content
     body = await request.body()
-    kind = PROTOBUF_REQUEST_TYPES["POST", path]
+    kind = ObjectTree if path == SHELVED else PROTOBUF_REQUEST_TYPES["POST", path]
     message = ProtobufTranslationMiddleware._parse_request(body, kind)  # noqa: SLF001
     return message, taken_out(message) if path.endswith(PUSH) else b""
 

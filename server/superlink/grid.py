@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,16 +17,27 @@ from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Error, Message
-from flwr.app.message import make_message
+from flwr.app.message import make_message, remove_content_from_message
 from flwr.common.constant import ErrorCode
-from flwr.common.serde import run_from_proto
+from flwr.common.serde import message_to_proto, run_from_proto
 from flwr.common.serde_utils import metadata_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PushObjectResponse,
+)
 from flwr.proto.runtime_pb2 import (
     PullAppMessagesRequest,
     PullTaskInputRequest,
+    PushAppMessagesRequest,
     PushTaskOutputRequest,
     SendTaskHeartbeatRequest,
+)
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
 )
 from flwr.supercore.interceptors import RuntimeTokenHttpInterceptor
 from flwr.supercore.protobuf.client import ProtobufClient
@@ -36,13 +46,11 @@ from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from server.superlink.arrival import Arrival, Stalled, Unusable
+from server.superlink.shelf import SHELVED, Shelf
 
 HEARTBEAT_S = 20.0  # the coordinator's token lives 60 s without one
 RETRY_S = 2  # the SuperLink is on this machine: silent for so long, it is dead
 TIMEOUT_S = 30.0  # of one operation on a socket
-MAX_BODIES = 4  # answers that are in memory together
-TURN_S = 1.0  # without progress, where others wait for a place
-PULLS = 8  # objects of one answer, together
 CAME_TO_NOTHING = ErrorCode.MESSAGE_UNAVAILABLE
 
 Client = TypeVar("Client", bound=ProtobufClient)
@@ -78,18 +86,25 @@ class CoordinatorGrid(HttpGrid):
       address: Of the admin listener.
       token: Of Flower's run.
       interceptors: What every call shows.
+      shelf: Where the SuperLink keeps what messages consist of.
       max_upload_bytes: Of one answer, put together.
     """
 
     def __init__(
-        self, address: str, token: str, interceptors: Sequence[Any], max_upload_bytes: int
+        self,
+        address: str,
+        token: str,
+        interceptors: Sequence[Any],
+        shelf: Shelf,
+        max_upload_bytes: int,
     ) -> None:
         super().__init__(address, insecure=True, token=token)
         self._shown = [*interceptors, RuntimeTokenHttpInterceptor(token)]
+        self._shelf = shelf
         self._max_bytes = max_upload_bytes
         self._ends: dict[str, float] = {}  # by question: when nobody waits for its answer any more
         self._arriving: dict[str, Arrival] = {}  # by question
-        self._pool = ThreadPoolExecutor(min(PULLS, 2 * (os.cpu_count() or 1)))
+        self._pool = ThreadPoolExecutor(1)
         self.set_run(run_from_proto(self._runtime_client.PullTaskInput(PullTaskInputRequest()).run))
         self._stopped = threading.Event()
         threading.Thread(target=self._send_heartbeats, daemon=True).start()
@@ -109,6 +124,28 @@ class CoordinatorGrid(HttpGrid):
         self._ends |= {sent: now + message.metadata.ttl for sent, message in pairs}
         return ids
 
+    def _try_push_messages(self, run_id: int, messages: Iterable[Message]) -> list[str]:  # noqa: ARG002
+        """As ``HttpGrid`` does; but objects go to the shelf, one at a time."""
+        objects: dict[str, InflatableObject] = {}
+        request = PushAppMessagesRequest()
+        for message in messages:
+            request.messages_list.append(message_to_proto(remove_content_from_message(message)))
+            request.message_object_trees.append(get_object_tree(message))
+            objects |= get_all_nested_objects(message)
+        announced = self._runtime_client.PushMessages(request)
+        for object_id in announced.objects_to_push:
+            self._shelf.put(object_id, objects[object_id].deflate())
+        parts = [ObjectTree(object_id=each) for each in announced.objects_to_push]
+        answer = self._runtime_client._unary_unary(  # noqa: SLF001 - a call of ours: calls.shelved
+            path=SHELVED,
+            rpc_method="/flwr.proto.Runtime/PushObject",
+            request=ObjectTree(object_id=announced.session_id, children=parts),
+            response_type=PushObjectResponse,
+        )
+        if not answer.stored:
+            raise SuperLinkDied("Flower's SuperLink does not keep what it is given")
+        return list(announced.message_ids)
+
     def connected(self) -> dict[str, Connected]:
         """The sites that are connected, by name.
 
@@ -118,6 +155,14 @@ class CoordinatorGrid(HttpGrid):
         with is_alive():
             nodes = self.get_nodes()
         return {node.name: Connected(node.node_id, node.last_activated_at) for node in nodes}
+
+    def check_room(self) -> None:
+        """See whether a site's answer could be kept; without room all would wait for the deadline.
+
+        Raises:
+          OSError: The disk is full.
+        """
+        self._shelf.check_room()
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """The answers that are whole by now; it waits for none. Others come with the next call.
@@ -182,12 +227,12 @@ class CoordinatorGrid(HttpGrid):
             self._pool.submit(self._delete, question)  # a site may never have confirmed it
 
     def _whole(self) -> Iterator[Message]:
-        """Go on with the first few answers, in turn: one that is slow holds up no other."""
-        for question, arrival in list(self._arriving.items())[:MAX_BODIES]:
+        """Look at every answer in turn: one that is slow holds up no other."""
+        for question, arrival in list(self._arriving.items()):
             if question not in self._arriving:
                 continue  # it was forgotten since
             try:
-                message = arrival.advance(self._pulled, self._pool, self._max_bytes)
+                message = arrival.advance(self._shelf, self._is_kept, self._max_bytes)
             except (Stalled, Unusable) as error:
                 log.error("an answer of node %d: %s", arrival.node, error)  # noqa: TRY400
                 code = CAME_TO_NOTHING if isinstance(error, Stalled) else ErrorCode.UNKNOWN
@@ -195,20 +240,13 @@ class CoordinatorGrid(HttpGrid):
             if message is not None:
                 del self._arriving[question]
                 self._delete(arrival.message_id)
-                arrival.start_again()
                 yield message
                 del message  # the next answer is put together where this one was
-            elif len(self._arriving) > MAX_BODIES and arrival.idle_s() > TURN_S:
-                arrival.start_again()
-                self._arriving[question] = self._arriving.pop(question)  # behind the others
 
-    def _pulled(self, object_id: str) -> bytes | None:
-        """An object; None where it has not come yet."""
+    def _is_kept(self, object_id: str) -> bool:
+        """Whether the SuperLink has an object, or waits for it still."""
         request = PullObjectRequest(node=self.node, run_id=self.run.run_id, object_id=object_id)
-        found = self._runtime_client.PullObject(request)
-        if not found.object_found:
-            raise Stalled("it was withdrawn, or was too large")
-        return found.object_content if found.object_available else None
+        return bool(self._runtime_client.PullObject(request).object_found)
 
     def _forget_what_ended(self) -> None:
         """Delete questions that were not answered: a site that never fetches one fills no store."""

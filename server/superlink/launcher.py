@@ -35,6 +35,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common.errors import ConfigError
 from server.superlink.grid import CoordinatorGrid, direct, is_alive
+from server.superlink.shelf import OBJECTS, Shelf
 
 ENVIRONMENT = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -155,7 +156,10 @@ class SuperLink:
         TaskIdentity.run_id = run_id
         TaskIdentity.task_id = acquired.task.task_id
         TaskIdentity.node_id = SUPERLINK_NODE_ID
-        return CoordinatorGrid(self._admin, acquired.token, shown, self._told.max_upload_bytes)
+        shelf = Shelf(self._log_file.parent / OBJECTS)
+        return CoordinatorGrid(
+            self._admin, acquired.token, shown, shelf, self._told.max_upload_bytes
+        )
 
     def _interceptors(self) -> list[Any]:
         return [RuntimeVersionHttpInterceptor("flwr-serverapp"), _Secret(self._told.secret)]

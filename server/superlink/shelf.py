@@ -7,12 +7,18 @@ file that was just written is read from the page cache, and is gone before a dis
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
+import os
 import re
 import tempfile
 from pathlib import Path
 
+from common.disk import has_room
+
+PIECE_BYTES = 6 << 20  # of an object at most: Flower cuts arrays into pieces of 5 MB
 OBJECTS = "objects"  # in the folder of the SuperLink
+SHELVED = "/v1/runtime/shelved"  # the coordinator's call: these objects of a session are there
 ID = re.compile(r"[0-9a-f]{64}")  # of an object: the SHA-256 of its bytes
 
 
@@ -53,13 +59,23 @@ class Shelf:
         except FileNotFoundError:
             return None
 
-    def open(self, object_id: str) -> mmap.mmap | None:
-        """An object where it lies; None where it is not there. It may be deleted meanwhile."""
-        try:
-            with self._path(object_id).open("rb") as file:
-                return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            return None
+    def open(self, object_id: str) -> mmap.mmap:
+        """An object where it lies; it may be deleted while it is read.
+
+        Raises:
+          FileNotFoundError: It is not there.
+        """
+        with self._path(object_id).open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def check_room(self) -> None:
+        """See whether another piece would fit.
+
+        Raises:
+          OSError: The disk is full.
+        """
+        if not has_room(self._folder, PIECE_BYTES):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def delete(self, object_id: str) -> None:
         """Forget an object, if it is there."""

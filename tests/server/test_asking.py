@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -52,10 +53,15 @@ class FakeGrid:
     coming: dict[str, float] = field(default_factory=dict)  # idle seconds of answers by question
     forgotten: list[str] = field(default_factory=list)
     finished: bool = False
+    is_full: bool = False  # the SuperLink's disk
     ids: Iterator[int] = field(default_factory=itertools.count)
 
     def connected(self) -> dict[str, Connected]:
         return {site: Connected(NODES[site], since) for site, since in self.since.items()}
+
+    def check_room(self) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "no room", "objects")
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         sent = []
@@ -291,3 +297,12 @@ def test_one_that_never_starts_ends_the_run() -> None:
     network = DeployedNetwork(grid_of(dies), revive)  # type: ignore[arg-type]
     with pytest.raises(RoundAborted, match="could not be started again: the port is taken"):
         answers(network, deadline_s=0.1)
+
+
+def test_where_no_answer_could_be_kept_nobody_waits_for_the_deadline() -> None:
+    def fills_up(grid: FakeGrid) -> None:
+        grid.is_full = True
+
+    grid = FakeGrid(iter([fills_up]), {A: "1", B: "1"})
+    with pytest.raises(OSError, match="objects"):
+        list(DeployedNetwork(grid, lambda: grid).ask(QUESTIONS, 3600.0))

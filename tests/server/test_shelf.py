@@ -18,7 +18,7 @@ from small_disk import small_disk
 
 from server.superlink.calls import PART_BYTES, Calls, Sent
 from server.superlink.object_store import ON_SHELF, FlatStore
-from server.superlink.shelf import Shelf
+from server.superlink.shelf import PIECE_BYTES, Shelf
 
 RUN = 3
 CONTENT = Array("uint8", (0,), "raw", b"").deflate()  # of an object of Flower's
@@ -42,9 +42,8 @@ def files(shelf: Shelf) -> list[Path]:
     return list(shelf._folder.iterdir())
 
 
-def content_of(shelf: Shelf, object_id: str) -> bytes | None:
-    found = shelf.open(object_id)
-    return None if found is None else found[:]
+def content_of(shelf: Shelf, object_id: str) -> bytes:
+    return shelf.open(object_id)[:]
 
 
 def announce(store: FlatStore) -> None:
@@ -53,7 +52,8 @@ def announce(store: FlatStore) -> None:
 
 def test_what_was_put_is_there_and_what_was_deleted_is_not(shelf: Shelf) -> None:
     assert shelf.num_bytes(OBJECT) is None
-    assert content_of(shelf, OBJECT) is None
+    with pytest.raises(FileNotFoundError):
+        shelf.open(OBJECT)
     shelf.put(OBJECT, CONTENT)
     shelf.put(OBJECT, CONTENT)  # two sites may send the same
     assert shelf.num_bytes(OBJECT) == len(CONTENT)
@@ -62,7 +62,6 @@ def test_what_was_put_is_there_and_what_was_deleted_is_not(shelf: Shelf) -> None
     shelf.delete(OBJECT)
     shelf.delete(OBJECT)
     assert files(shelf) == []
-    assert opened is not None
     assert opened[:] == CONTENT  # whoever reads it reads on
 
 
@@ -181,3 +180,16 @@ def test_an_object_that_was_deleted_meanwhile_is_not_found(store: FlatStore) -> 
     calls = Calls(app=None, state=None, store=store)  # type: ignore[arg-type]
     answer = calls._from_shelf(OBJECT)
     assert PullObjectResponse.FromString(answer.body) == PullObjectResponse(object_found=False)
+
+
+def test_a_full_disk_is_seen_before_a_piece_comes(tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", 4 * PIECE_BYTES) as disk:
+        shelf = Shelf(disk.folder / "objects")
+        shelf.clear()
+        shelf.check_room()
+        disk.fill(PIECE_BYTES // 2)
+        with pytest.raises(OSError, match="objects") as caught:
+            shelf.check_room()
+        assert caught.value.errno == errno.ENOSPC
+        disk.empty()
+        shelf.check_room()
