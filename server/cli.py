@@ -20,7 +20,8 @@ from common.study import Study
 from server.config import CoordinatorConfig
 
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
-ROUND_MODELS = 5  # that a round writes at most: the sum, the model, an optimizer of three
+# That a round writes, besides an upload of every site: the sum, the model, an optimizer of three.
+ROUND_MODELS = 5
 BOOKS_BYTES = 4 << 20
 RETRY_S = 3.0
 
@@ -58,7 +59,8 @@ def serve(
     folder = run_dir or Path("runs") / planned.name
     going_on = f"fl-server --resume --run-dir {folder} goes on"
     try:
-        wait_for_room(folder, ROUND_MODELS * largest_upload(planned) + BOOKS_BYTES)
+        num_together = ROUND_MODELS + len(planned.members)
+        wait_for_room(folder, num_together * largest_upload(planned) + BOOKS_BYTES)
         wait_for_room(own.state_dir, BOOKS_BYTES)
         summary = coordinate(planned, own, folder, resume=resume)
     except KeyboardInterrupt:
