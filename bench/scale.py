@@ -18,9 +18,11 @@ import numpy as np
 from our_rounds.cpu import PROGRAMS
 from our_rounds.deployment import MOST_STARTED, our_rounds
 from rounds import accounted, told, whole
+from scipy.optimize import nnls
 
 SITES, LIGHT = (3, 8, 16, 32, 50), 1_000
 PARAMS, FEW = (1_000_000, 11_000_000, 45_000_000, 100_000_000), 3
+BOTH = ((11_000_000, 8), (11_000_000, 16))  # tell what grows with sites from what does not
 NUM_ROUNDS = {LIGHT: 6}
 OF_HEAVY = 3
 
@@ -28,7 +30,7 @@ OF_HEAVY = 3
 def rows() -> list[dict[str, Any]]:
     """A row for every point of both curves."""
     sizes = [(LIGHT, num_sites) for num_sites in SITES] + [(num, FEW) for num in PARAMS]
-    return [measured(*size) for size in sizes]
+    return [measured(*size) for size in [*sizes, *BOTH]]
 
 
 def measured(num_params: int, num_sites: int) -> dict[str, Any]:
@@ -67,9 +69,17 @@ def print_tables() -> None:
     heavy = [one for one in points if one["settings"]["num_sites"] == FEW]
     print_table("sites", "num_sites", light)
     print_table("parameters", "num_params", heavy)
+    print_table(
+        "sites with 11 million parameters",
+        "num_sites",
+        [one for one in points if one["settings"]["num_params"] == BOTH[0][0]],
+    )
     for program in PROGRAMS[:2]:
-        per_site, per_megabyte = costs([one["settings"] for one in points], program)
-        print(f"{program}: {per_site:.3f} s per site and {per_megabyte:.4f} s per site and MB")
+        per_site, per_megabyte, per_both = costs([one["settings"] for one in points], program)
+        print(
+            f"{program}: {per_site:.3f} s per site, {per_megabyte:.4f} s per MB of the model, and "
+            f"{per_both:.4f} s per site and MB"
+        )
 
 
 def print_table(title: str, key: str, points: list[dict[str, Any]]) -> None:
@@ -85,15 +95,15 @@ def print_table(title: str, key: str, points: list[dict[str, Any]]) -> None:
     print()
 
 
-def costs(points: list[dict[str, Any]], program: str) -> tuple[float, float]:
-    """CPU seconds per round: for each site, and for each megabyte of the model that it gets."""
+def costs(points: list[dict[str, Any]], program: str) -> tuple[float, ...]:
+    """CPU seconds per round: for each site, each megabyte of the model, and one at one site."""
     sites = np.array([one["num_sites"] for one in points], float)
     megabytes = np.array([4e-6 * one["num_params"] for one in points])
     used = np.array([one["cpu_s_per_round"][program] for one in points])
-    terms = np.stack([sites, sites * megabytes], axis=1)
+    terms = np.stack([sites, megabytes, sites * megabytes], axis=1)
     # Errors count in proportion: the largest point would decide alone otherwise.
-    (per_site, per_megabyte), *_ = np.linalg.lstsq(terms / used[:, None], np.ones_like(used))
-    return float(per_site), float(per_megabyte)
+    found, _ = nnls(terms / used[:, None], np.ones_like(used))
+    return tuple(map(float, found))
 
 
 if __name__ == "__main__":
