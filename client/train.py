@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.augment import augment
-from client.clipping import PerImageEngine, Units
+from client.bookkeeping import BookKeepingEngine
 from client.dataset import Samples
 from client.images import Batch, Scans
 from client.noise import Keystream
+from client.units import Units
 from common.memory import let_go
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan
@@ -57,6 +58,7 @@ def train(
     # Only labels of whole images say how common a class is at the site.
     labels = None if isinstance(images, Scans) else images.targets
     loss_of = task.local_loss(labels)
+    network.values.grad = network.gradients
     start = _start(network, training)
     made = batches(images, training, rng)
     if torch.get_num_threads() == 1:  # beside a team of threads a second team costs more
@@ -76,7 +78,6 @@ def train(
 
 def _optimizer(network: FlatNetwork, training: Training, rate: float) -> torch.optim.Optimizer:
     """An optimizer over the flat vector: one tensor, and so one update per step."""
-    network.values.grad = network.gradients
     decay = training.weight_decay
     if training.optimizer == "sgd":
         return torch.optim.SGD(
@@ -104,7 +105,8 @@ def _pull_back(network: FlatNetwork, start: Tensor | None, training: Training) -
       Li et al. (2020), Federated Optimization in Heterogeneous Networks.
     """
     if start is not None:
-        network.gradients.add_(network.values.detach() - start, alpha=training.proximal)
+        assert network.values.grad is not None  # noqa: S101 - the gradient that it is added to
+        network.values.grad.add_(network.values.detach() - start, alpha=training.proximal)
 
 
 def learning_rate(training: Training, round_number: int, num_rounds: int) -> float:
@@ -184,28 +186,23 @@ def train_privately(
     optimizer = _optimizer(network, training, rate)
     loss_of = task.local_loss(None)
     start = _start(network, training)
-    engine = PerImageEngine(network)
+    engine = BookKeepingEngine(network)
     members = _members(images, plan.terms.unit)
     clip_norm = plan.terms.example_clip_norm
     scale = plan.event.noise_multiplier * clip_norm
     for _ in range(plan.event.steps):
         units = draw_units(images, members, training.augmentation, plan, secrets)
-        total = engine.clipped_sum(units, loss_of, clip_norm)
+        network.values.grad = None  # the next one comes in its place
         # An empty draw is noised and stepped like any other: skipping it would tell that it was.
-        network.gradients.copy_(_noised(total, scale, secrets).div_(plan.batch_size))
-        del total  # the optimizer's own memory comes in its place
+        total = secrets.add_noise(engine.clipped_sum(units, loss_of, clip_norm), scale)
+        network.values.grad = total.div_(plan.batch_size)
+        del total
         # After the noise: the term depends on the weights alone, and clipping must not see it.
         _pull_back(network, start, training)
         optimizer.step()
     del start
     _forget(network, optimizer)
     return LocalUpdate(network.minus(model))
-
-
-def _noised(total: Tensor, scale: float, secrets: Keystream) -> Tensor:
-    """A sum of gradients with Gaussian noise, in its own memory; shape (num_params,)."""
-    noise = torch.from_numpy(secrets.gaussians(len(total))).to(total.device)
-    return total.add_(noise.mul_(scale))
 
 
 def draw_units(

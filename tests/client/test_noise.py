@@ -27,7 +27,7 @@ def _p_value(sample: NDArray[np.float64], scale: float) -> float:
 
 
 def test_the_stated_scale_is_accepted_and_two_thirds_of_it_rejected() -> None:
-    sample = Keystream.from_seed("scale").gaussians(100_000).astype(np.float64)
+    sample = Keystream.from_seed("scale").gaussians(100_000)
     assert _p_value(sample, 1.0) > 1e-4
     assert _p_value(sample * 2 / 3, 1.0) < 1e-12
     assert stats.kstest(sample, "norm").pvalue > 1e-4
@@ -38,6 +38,32 @@ def test_streams_of_the_operating_system_never_repeat_and_seeded_ones_do() -> No
     one, other = Keystream.from_seed(1, 2, 3), Keystream.from_seed(1, 2, 3)
     assert np.array_equal(one.gaussians(1000), other.gaussians(1000))
     assert not np.array_equal(Keystream.from_seed(1, 23).integers(4), one.integers(4))
+
+
+def test_the_four_numbers_of_one_mix_are_independent() -> None:
+    quarters = Keystream.from_seed("mix").gaussians(4 * 50_000).reshape(4, -1)
+    assert np.abs(np.corrcoef(quarters) - np.eye(4)).max() < 5 / np.sqrt(50_000)
+    assert np.abs(np.corrcoef(quarters**2) - np.eye(4)).max() < 5 / np.sqrt(50_000)
+    assert len(np.unique(quarters)) == quarters.size
+
+
+@pytest.mark.parametrize("num", [0, 1, 2, 3, 5, 70_001])
+def test_any_number_of_values_is_noised(num: int) -> None:
+    values = torch.full((num,), 3.0)
+    noised = Keystream.from_seed("num").add_noise(values, 2.0)
+    assert noised is values
+    assert values.dtype == torch.float32
+    assert not num or float((values == 3.0).float().mean()) == 0
+
+
+def test_noise_hides_the_low_bits_of_what_it_is_added_to() -> None:
+    """Where noise and value nearly cancel, coarse noise would leave the value's own last bits."""
+    value = torch.full((2_000_000,), 1.0 + 2.0**-23)
+    sums = Keystream.from_seed("bits").add_noise(value, 1.0).double()
+    small = sums[sums.abs() < 2.0**-10]
+    assert len(small) > 500
+    # Multiples of the value's own last bit, which float32 noise of that size would give.
+    assert float((small * 2.0**24 % 1 == 0).double().mean()) < 0.01
 
 
 def test_uniform_numbers_are_uniform_and_below_one() -> None:

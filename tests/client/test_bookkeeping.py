@@ -1,0 +1,245 @@
+"""Every kind of layer, with every setting that a unit's gradient could be told wrongly under."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from client import layer_gradients
+from client.bookkeeping import BookKeepingEngine, layers_of
+from client.clipping import by_brute_force
+from client.layer_gradients import Convolution, Grouping, Linear
+from client.units import Units
+from common.errors import ConfigError
+from common.models.flat import FlatNetwork
+
+RAGGED = (1, 3, 1, 2)
+CHANNELS = 6
+
+
+class Tokens(nn.Module):
+    """(num, channels, ...) to (num, positions, channels), as linear layers take it."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(2).mT
+
+
+class Twice(nn.Module):
+    """One layer goes twice over what it made; under two names, too."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = self.other_name = layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.other_name(self.layer(images).tanh())
+
+
+class Tied(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self, one: nn.Conv2d, other: nn.Conv2d) -> None:
+        super().__init__()
+        other.weight = one.weight
+        self.one, self.other = one, other
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.other(self.one(images).relu())
+
+
+class InPlace(nn.Module):
+    """What a layer made is changed where it lies: once lost by hooks on views."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, images: Tensor) -> Tensor:
+        made = self.layer(images)
+        made.mul_(1.5)
+        made += images
+        return made.relu_()
+
+
+def conv(dims: int = 2, **settings: object) -> nn.Module:
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    return kind(CHANNELS, CHANNELS, **{"kernel_size": 3, "padding": 1, **settings})
+
+
+def transposed(dims: int = 2, **settings: object) -> nn.Module:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+    return kind(CHANNELS, CHANNELS, **{"kernel_size": 3, "padding": 1, **settings})
+
+
+# Title: dimensions, side, layer.
+KINDS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
+    **{
+        f"{title}, {dims}D, side {side}": (dims, side, make)
+        for dims in (1, 2, 3)
+        for side in (2, 7)
+        for title, make in {
+            "convolution": lambda dims=dims: conv(dims),
+            "its transpose": lambda dims=dims: transposed(dims),
+        }.items()
+    },
+    **{
+        f"{title}, side {side}": (2, side, make)
+        for side in (3, 8)
+        for title, make in {
+            "stride": lambda: conv(stride=2),
+            "dilation": lambda: conv(dilation=2, padding=2),
+            "groups": lambda: conv(groups=3),
+            "depthwise": lambda: conv(groups=CHANNELS),
+            "one pixel": lambda: conv(kernel_size=1, padding=0, bias=False),
+            "uneven": lambda: conv(kernel_size=(3, 1), padding=(1, 0), stride=(1, 2)),
+            "same": lambda: conv(kernel_size=2, padding="same"),
+            "valid": lambda: conv(kernel_size=2, padding="valid"),
+            "reflect": lambda: conv(padding_mode="reflect"),
+            "replicate": lambda: conv(padding_mode="replicate"),
+            "circular": lambda: conv(padding_mode="circular"),
+            "transposed, stride": lambda: transposed(stride=2, output_padding=1),
+            "transposed, dilation": lambda: transposed(dilation=2, padding=2),
+            "transposed, groups": lambda: transposed(groups=2, stride=2),
+            "group norm": lambda: nn.GroupNorm(3, CHANNELS),
+            "instance norm": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
+            "one slope": nn.PReLU,
+            "a slope for each channel": lambda: nn.PReLU(CHANNELS),
+            "linear with positions": lambda: nn.Sequential(Tokens(), nn.Linear(CHANNELS, 5)),
+            "linear": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 9)),
+            "layer norm": lambda: nn.Sequential(Tokens(), nn.LayerNorm(CHANNELS)),
+            "called twice": lambda: Twice(conv()),
+            "transpose called twice": lambda: Twice(transposed()),
+            "two with one weight": lambda: Tied(conv(), conv()),
+            "in place": lambda: InPlace(conv()),
+            "in place after a norm": lambda: InPlace(nn.InstanceNorm2d(CHANNELS, affine=True)),
+        }.items()
+    },
+}
+
+
+def network_of(layer: nn.Module, dims: int) -> FlatNetwork:
+    """A convolution before it, so that gradients of its input are needed; images have a channel."""
+    torch.manual_seed(0)
+    before = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](1, CHANNELS, 1)
+    module = nn.Sequential(before, layer).double()
+    return FlatNetwork(module, torch.device("cpu"), dtype=torch.float64)
+
+
+def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs.flatten(1).cos().sum(dim=1) * (1.0 + targets)).mean()
+
+
+def units_of(dims: int, side: int, sizes: tuple[int, ...]) -> Units:
+    rng = torch.Generator().manual_seed(1)
+    pixels = torch.randn((sum(sizes), 1, *[side] * dims), generator=rng, dtype=torch.float64)
+    return Units(pixels, torch.arange(sum(sizes)) % 3, sizes)
+
+
+def error_of(network: FlatNetwork, units: Units) -> float:
+    exact = by_brute_force(network.module, units, loss, 0.05)
+    ours = BookKeepingEngine(network).clipped_sum(units, loss, 0.05)
+    return float((ours - exact).abs().max() / exact.abs().max())
+
+
+# How a layer comes to its units' gradients: a rule on shapes decides, and these decide the rule.
+WAYS = {
+    "by groups": {"GRAM_ENTRIES": 1 << 40, "MAX_TOGETHER": 1 << 40},
+    "one by one": {"GRAM_ENTRIES": 1 << 40, "MAX_TOGETHER": 0},
+    "norms first": {"GRAM_ENTRIES": 0},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same")  # torch tells how it does that
+@pytest.mark.parametrize("sizes", [RAGGED, (1, 1, 1)], ids=["ragged", "single"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("title", KINDS)
+def test_every_layer_equals_brute_force(
+    title: str, way: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(layer_gradients, name, value)
+    dims, side, make = KINDS[title]
+    assert error_of(network_of(make(), dims), units_of(dims, side, sizes)) <= 1e-12
+
+
+def test_norms_come_first_where_a_large_weight_is_used_at_few_places() -> None:
+    layer, grouping = Convolution(nn.Conv2d(64, 64, 3)), Grouping((1, 2), torch.device("cpu"))
+    few, many = torch.empty(3, 64, 3, 3), torch.empty(3, 64, 16, 16)
+    assert layer.has_large_weight(few, few, grouping)
+    assert not layer.has_large_weight(many, many, grouping)
+    eight = Grouping((8,), torch.device("cpu"))  # images of one unit count together
+    assert not layer.has_large_weight(few, few, eight)
+    assert not Convolution(nn.Conv2d(64, 64, 3, groups=2)).has_large_weight(few, few, grouping)
+    assert not Convolution(nn.Conv2d(4, 4, 3)).has_large_weight(few, few, grouping)
+
+
+@pytest.mark.parametrize("which", ["weight", "bias"])
+def test_a_layer_may_be_frozen_in_part(which: str) -> None:
+    layer = conv()
+    getattr(layer, which).requires_grad_(False)
+    network = network_of(layer, 2)
+    assert network.schema.num_params < sum(p.numel() for p in network.module.parameters())
+    assert error_of(network, units_of(2, 2, RAGGED)) <= 1e-12
+    assert error_of(network, units_of(2, 8, RAGGED)) <= 1e-12
+
+
+def test_channels_may_lie_side_by_side_in_memory() -> None:
+    units = units_of(2, 8, RAGGED)
+    wide = units.pixels.expand(-1, 4, -1, -1).contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(4, CHANNELS, 3), nn.GroupNorm(2, CHANNELS), conv()).double()
+    network = FlatNetwork(module, torch.device("cpu"), dtype=torch.float64)
+    assert error_of(network, Units(wide, units.targets, units.sizes)) <= 1e-12
+
+
+def test_a_network_is_as_it_was_afterwards() -> None:
+    network, units = network_of(conv(), 2), units_of(2, 8, RAGGED)
+    before, outputs = network.vector(), network.module(units.pixels)
+    BookKeepingEngine(network).clipped_sum(units, loss, 0.05)
+    assert (network.vector() == before).all()
+    assert torch.equal(network.module(units.pixels), outputs)
+    assert all("forward" not in vars(child) for child in network.module.modules())
+    assert all(parameter.grad is None for parameter in network.module.parameters())
+
+
+def test_a_network_is_as_it_was_after_an_error() -> None:
+    network = network_of(conv(), 2)
+    with pytest.raises(RuntimeError):
+        BookKeepingEngine(network).clipped_sum(units_of(3, 2, RAGGED), loss, 0.05)
+    assert all("forward" not in vars(child) for child in network.module.modules())
+
+
+class Scaled(nn.Module):
+    """A parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.scale
+
+
+@pytest.mark.parametrize("layer", [Scaled(), nn.Bilinear(2, 2, 2), nn.BatchNorm2d(CHANNELS)])
+def test_a_layer_that_nobody_can_tell_apart_is_refused_by_name(layer: nn.Module) -> None:
+    with pytest.raises(ConfigError, match=rf"layer body\.1 \({type(layer).__name__}\)"):
+        layers_of(nn.ModuleDict({"body": nn.Sequential(conv(), layer)}))
+
+
+def test_such_a_layer_may_be_there_when_it_is_frozen() -> None:
+    layer = Scaled()
+    layer.scale.requires_grad_(False)
+    assert error_of(network_of(layer, 2), units_of(2, 8, RAGGED)) <= 1e-12
+
+
+def test_a_subclass_may_compute_something_else_and_is_refused() -> None:
+    class Other(nn.Linear):
+        """Who knows what its forward does."""
+
+    with pytest.raises(ConfigError, match="Other"):
+        layers_of(Other(2, 2))
+    assert isinstance(next(iter(layers_of(nn.Linear(2, 2)).values())), Linear)
+    assert isinstance(next(iter(layers_of(conv()).values())), Convolution)
