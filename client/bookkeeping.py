@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from client.layer_gradients import KINDS, Grouping, Kept, Layer, Weighted
 from client.units import Units, factors_of, physical_batches, squares_of
@@ -53,8 +55,9 @@ class BookKeepingEngine:
         for batch in physical_batches(units, max(1, most)):
             tape = Tape(Grouping(batch.sizes, batch.pixels.device), self._shared)
             self._note(tape, batch, loss)
-            parts = tape.clipped(clip_norm, trained[0].dtype)
-            some = torch.cat([parts.pop(id(parameter)) for parameter in trained])
+            with _in_full_precision():
+                parts = tape.clipped(clip_norm, trained[0].dtype)
+            some = torch.cat([parts.pop(id(p), p.new_zeros(p.numel())) for p in trained])
             total = some if total is None else total.add_(some)
         if total is None:  # an empty draw
             return torch.zeros(self._num_params, dtype=trained[0].dtype, device=trained[0].device)
@@ -62,7 +65,7 @@ class BookKeepingEngine:
 
     def _note(self, tape: Tape, units: Units, loss: Loss) -> None:
         """Forward and backward through the network; the tape holds what the layers noted."""
-        with self._noting(tape), torch.enable_grad():
+        with self._noting(tape), _in_full_precision(), torch.enable_grad():
             outputs = self._module(units.pixels)
             # By its definition for one image: what a loss does over a batch would couple units.
             losses = vmap(loss)(outputs.unsqueeze(1), units.targets.unsqueeze(1))
@@ -181,6 +184,12 @@ def layers_of(module: nn.Module) -> dict[nn.Module, Layer]:
     """
     found = {}
     for name, child in module.named_modules():
+        keeps = isinstance(child, _InstanceNorm) and child.track_running_stats
+        if keeps or isinstance(child, _BatchNorm):
+            raise ConfigError(
+                f"model: layer {name or 'itself'} ({type(child).__name__}) has statistics of many "
+                "images; one patient's gradient would depend on another's"
+            )
         if not any(p.requires_grad for p in child.parameters(recurse=False)):
             continue
         if type(child) not in KINDS:
@@ -190,6 +199,15 @@ def layers_of(module: nn.Module) -> dict[nn.Module, Layer]:
             )
         found[child] = KINDS[type(child)](child)
     return found
+
+
+@contextlib.contextmanager
+def _in_full_precision() -> Iterator[None]:
+    """A GPU's convolutions keep ten bits of each number where they may: no margin covers that."""
+    cudnn = torch.backends.cudnn
+    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
+    with cudnn.flags(**kept, allow_tf32=False):
+        yield
 
 
 def _noted(layer: Layer, tape: Tape, inputs: Tensor) -> Tensor:

@@ -133,7 +133,7 @@ class Weighted(Layer):
           gradient: The same of the output.
 
         Returns:
-          Products of two Gram matrices over the unit's positions, (num_units, ...).
+          Products of two Gram matrices over the unit's positions, (num_units, num, num).
         """
         raise NotImplementedError
 
@@ -144,11 +144,16 @@ class Weighted(Layer):
     def squares(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> Tensor:
         """Squared norms of the units' gradients of the weight, float64, shape (num_units,).
 
-        In float64: what adds up to a small norm may be large.
+        They are bounds: what adds up to a small gradient may be large, and ``weighted`` adds it up
+        in the layer's own precision. As many roundings of every position's part are counted in.
         """
         squares = inputs.new_empty(grouping.num_units, dtype=torch.float64)
         for units, one, other in grouping.alike(inputs, gradient):
-            squares[units] = self.grams(one.double(), other.double()).flatten(1).sum(dim=1)
+            products = self.grams(one.double(), other.double())
+            norms = products.sum(dim=(1, 2)).clamp(min=0).sqrt()
+            parts = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(dim=1)
+            roundings = (products.shape[1] + 2) * torch.finfo(inputs.dtype).eps
+            squares[units] = (norms + roundings * parts).square()
         return squares
 
     def is_large(self, num_positions: int) -> bool:
@@ -220,7 +225,9 @@ class Convolution(Weighted):
         """See ``Weighted``."""
         # The transpose's weight meets the output where the other's meets the input.
         seen, alone = (gradient, inputs) if self._transposed else (inputs, gradient)
-        return self._gram_of_windows(seen, alone.shape[3:]) * _gram(alone)
+        made = self._gram_of_windows(seen, alone.shape[3:]) * _gram(alone)
+        num_positions = alone.shape[1] * alone[0, 0, 0].numel()
+        return made.view(len(made), num_positions, num_positions)
 
     def _gram_of_windows(self, seen: Tensor, places: Sequence[int]) -> Tensor:
         """The Gram matrix of the windows that a kernel sees at each place.
@@ -361,10 +368,10 @@ class GroupNorm(Layer):
         self, inputs: Tensor, gradient: Tensor, kept: Kept, grouping: Grouping
     ) -> dict[str, Tensor]:
         """See ``Layer``."""
-        sums = gradient.flatten(2).sum(dim=2)
+        sums = _by_channel(gradient).sum(dim=2)
         channels = inputs.shape[1] // self._num_groups
         mean, inverse = (each.repeat_interleave(channels, dim=1) for each in kept)
-        products = (gradient * inputs).flatten(2).sum(dim=2)
+        products = _by_channel(gradient * inputs).sum(dim=2)
         weights = (products - mean * sums) * inverse
         return {"weight": grouping.add_up(weights), "bias": grouping.add_up(sums)}
 
@@ -435,7 +442,7 @@ class PReLU(Layer):
         below = inputs.clamp(max=0).mul_(gradient)
         if self._is_one:
             return {"weight": grouping.add_up(below.flatten(1).sum(dim=1, keepdim=True))}
-        return {"weight": grouping.add_up(below.flatten(2).sum(dim=2))}
+        return {"weight": grouping.add_up(_by_channel(below).sum(dim=2))}
 
     @property
     def _is_one(self) -> bool:
@@ -472,6 +479,11 @@ def _gram(images: Tensor) -> Tensor:
 def _rows(inputs: Tensor) -> Tensor:
     """(num, ..., features) to (num, positions, features)."""
     return inputs.reshape(len(inputs), -1, inputs.shape[-1])
+
+
+def _by_channel(images: Tensor) -> Tensor:
+    """(num, channels, ...) to (num, channels, pixels)."""
+    return images.reshape(*images.shape[:2], -1)
 
 
 def _sizes(images: Tensor) -> tuple[int, int, int]:

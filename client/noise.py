@@ -6,7 +6,7 @@ study's seed.
 
 A Gaussian number in floating point has gaps, from which an attacker could read the value that it
 hides. Each number here is half the sum of four, and is added to that value in float64 before the
-result is rounded to float32, once: 53 random bits stand behind each of the 24 that are left.
+result is rounded to float32, once: 52 random bits stand behind the 24 that are left.
 
 Source: Mironov (2012), On Significance of the Least Significant Bits for Differential Privacy;
 Holohan and Braghin (2021), Secure Random Sampling in Differential Privacy.

@@ -54,7 +54,8 @@ def squares_of(rows: Tensor) -> Tensor:
 def factors_of(norms: Tensor, clip_norm: float, dtype: torch.dtype) -> Tensor:
     """What brings gradients of these norms to at most ``clip_norm``, shape (num_units,).
 
-    A gradient that is not finite counts as zero: it must not reach the sum unbounded.
+    A gradient that is not finite, or so large that no exact factor is left, counts as zero: it must
+    not reach the sum unbounded.
 
     Args:
       norms: In float64: in float32 the squares of millions of entries add up to too little, and
@@ -65,7 +66,8 @@ def factors_of(norms: Tensor, clip_norm: float, dtype: torch.dtype) -> Tensor:
     """
     margin = 1 - STRETCH / 2 * torch.finfo(dtype).eps
     factors = (margin * clip_norm / norms.clamp_min(1e-300)).clamp(max=1.0).to(dtype)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    is_usable = torch.isfinite(norms) & (factors >= torch.finfo(dtype).tiny)
+    return torch.where(is_usable, factors, torch.zeros_like(factors))
 
 
 def _slice(units: Units, start: int, num: int, sizes: tuple[int, ...]) -> Units:

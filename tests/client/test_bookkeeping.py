@@ -212,6 +212,73 @@ def test_a_network_is_as_it_was_after_an_error() -> None:
     assert all("forward" not in vars(child) for child in network.module.modules())
 
 
+class Given(nn.Module):
+    """Multiplies by a number for each image and pixel, so that a test chooses the gradients."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        super().__init__()
+        self.numbers = numbers
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images * self.numbers
+
+
+@pytest.mark.parametrize("large", [1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+def test_a_unit_whose_parts_cancel_is_within_the_bound_in_float32(
+    large: float, rest: float
+) -> None:
+    """What float32 rounds then is as large as the parts, not as what they add up to."""
+    torch.manual_seed(0)
+    numbers = torch.tensor([large + rest, large / 3, -large, -large / 3]).view(1, 1, 2, 2)
+    module = nn.Sequential(nn.Conv2d(256, 256, 1, bias=False), Given(numbers))
+    network = FlatNetwork(module, torch.device("cpu"))
+    pixels = torch.randn(1, 256, 1, 1).expand(1, 256, 2, 2).contiguous()
+    units = Units(pixels, torch.zeros(1), (1,))
+    made = BookKeepingEngine(network).clipped_sum(units, lambda out, _: out.sum(), 1.0)
+    assert float(made.double().norm()) <= 1.0
+
+
+@pytest.mark.parametrize("large", [1e15, 1e19, 1e25])
+def test_a_gradient_beyond_float32_counts_as_zero_and_never_more(large: float) -> None:
+    network = FlatNetwork(nn.Linear(512, 512, bias=False), torch.device("cpu"))
+    units = Units(torch.full((1, 512), large), torch.zeros(1), (1,))
+    made = BookKeepingEngine(network).clipped_sum(units, lambda out, _: out.sum() * large, 1.0)
+    assert float(made.double().norm()) <= 1.0
+
+
+def test_what_no_output_depends_on_has_a_gradient_of_zero() -> None:
+    module = nn.ModuleDict({"used": conv(), "left": nn.Linear(2, 3)}).double()
+    module.forward = module["used"]
+    network = FlatNetwork(module, torch.device("cpu"), dtype=torch.float64)
+    pixels = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64)
+    made = BookKeepingEngine(network).clipped_sum(Units(pixels, torch.zeros(2), (1, 1)), loss, 0.05)
+    assert made[:-9].any()
+    assert not made[-9:].any()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(CHANNELS),
+        nn.BatchNorm2d(CHANNELS, affine=False),
+        nn.BatchNorm2d(CHANNELS, affine=False, track_running_stats=False),
+        nn.InstanceNorm2d(CHANNELS, track_running_stats=True),
+    ],
+)
+def test_statistics_of_many_images_are_refused_with_or_without_weights(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match=r"layer 1 .*one patient's gradient would depend"):
+        layers_of(nn.Sequential(conv(), layer))
+
+
+@pytest.mark.parametrize("layer", [nn.GroupNorm(3, CHANNELS), nn.PReLU(CHANNELS)])
+def test_features_without_pixels_are_taken_too(layer: nn.Module) -> None:
+    flat = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(CHANNELS, 6), layer)
+    assert error_of(network_of(flat, 2), units_of(2, 4, RAGGED)) <= 1e-12
+
+
 class Scaled(nn.Module):
     """A parameter of its own."""
 
