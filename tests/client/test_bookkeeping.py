@@ -247,10 +247,19 @@ def test_a_gradient_beyond_float32_counts_as_zero_and_never_more(large: float) -
     assert float(made.double().norm()) <= 1.0
 
 
+class Unfinished(nn.Module):
+    """One of its layers is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.left = conv(), nn.Linear(2, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.used(images)
+
+
 def test_what_no_output_depends_on_has_a_gradient_of_zero() -> None:
-    module = nn.ModuleDict({"used": conv(), "left": nn.Linear(2, 3)}).double()
-    module.forward = module["used"]
-    network = FlatNetwork(module, torch.device("cpu"), dtype=torch.float64)
+    network = FlatNetwork(Unfinished().double(), torch.device("cpu"), dtype=torch.float64)
     pixels = torch.randn(2, CHANNELS, 4, 4, dtype=torch.float64)
     made = BookKeepingEngine(network).clipped_sum(Units(pixels, torch.zeros(2), (1, 1)), loss, 0.05)
     assert made[:-9].any()
