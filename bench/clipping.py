@@ -42,7 +42,7 @@ from common.tasks import Loss, task_of
 
 HERE = Path(__file__).resolve()
 CLIP_NORM, NOISE, RATE = 0.3, 1.0, 0.1
-WARM, REPEATS = 1, 7
+WARM, REPEATS = 2, 7
 THREADS = (1, 2)
 LABELS = {"kind": "classification", "classes": ["no lesion", "lesion"]}
 MASKS = {"kind": "segmentation", "classes": ["background", "lesion"]}
@@ -223,9 +223,9 @@ def rows() -> list[dict[str, Any]]:
     return made
 
 
-def row(name: str, unit: str, threads: int, seen: dict[str, float | None]) -> dict[str, Any]:
-    """One line of the results; a peer that cannot train this network is left out."""
-    ratio = seen[OURS] / seen[PLAIN]  # type: ignore[operator]
+def row(name: str, unit: str, threads: int, seen: dict[str, float]) -> dict[str, Any]:
+    """One line of the results."""
+    ratio = seen[OURS] / seen[PLAIN]
     case = CASES[name]
     what = f"{name}, {threads} thread{'s' * (threads > 1)}" if unit == "s" else f"{name}, memory"
     print(f"{what}: {ratio:.2f} of plain, {seen}", file=sys.stderr, flush=True)
@@ -233,7 +233,7 @@ def row(name: str, unit: str, threads: int, seen: dict[str, float | None]) -> di
         "case": what,
         "unit": unit,
         "ours": seen[OURS],
-        "peers": {w: s for w, s in seen.items() if w not in (OURS, PLAIN) and s is not None},
+        "peers": {who: taken for who, taken in seen.items() if who not in (OURS, PLAIN)},
         "limit": {PLAIN: seen[PLAIN]},
         "better": "lower",
         "settings": {
@@ -245,45 +245,32 @@ def row(name: str, unit: str, threads: int, seen: dict[str, float | None]) -> di
     }
 
 
-def asked(what: str, name: str, threads: int, who: str = "") -> dict[str, float | None]:
+def asked(what: str, name: str, threads: int, who: str = "") -> dict[str, float]:
     """What a process of its own finds out."""
     command = [sys.executable, str(HERE), what, name, str(threads), who]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=HERE.parent)  # noqa: S603
     if done.returncode:
         raise RuntimeError(done.stderr)
-    found: dict[str, float | None] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def seconds(name: str) -> dict[str, float | None]:
-    """Medians of all who can, taking turns; with one thread of the time that it computes."""
+def seconds(name: str) -> dict[str, float]:
+    """Medians of all, taking turns; with one thread of the time that it computes."""
     case = CASES[name]
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    steps = {who: made(WHO[who], case) for who in WHO}
+    steps = {who: make(Problem(case)) for who, make in WHO.items()}
     taken: dict[str, list[float]] = {who: [] for who in WHO}
     for number in range(WARM + case.repeats):
         for who, step in steps.items():
-            if step is None:
-                continue
             before = clock()
             step()
             if number >= WARM:
                 taken[who].append(clock() - before)
-    return {who: statistics.median(times) if times else None for who, times in taken.items()}
+    return {who: statistics.median(times) for who, times in taken.items()}
 
 
-def made(make: Callable[[Problem], Step], case: Case) -> Step | None:
-    """A step that works, or None."""
-    try:
-        step = make(Problem(case))
-        step()
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        print(f"{make}: {error}", file=sys.stderr)
-        return None
-    return step
-
-
-def peak(name: str, who: str) -> dict[str, float | None]:
+def peak(name: str, who: str) -> dict[str, float]:
     """Megabytes of the largest step beyond what was taken before the first."""
     problem = Problem(CASES[name])
     before = memory_bytes("VmRSS")

@@ -22,13 +22,29 @@ from torch.func import vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from client.layer_gradients import KINDS, Grouping, Kept, Layer, Weighted
-from client.units import Units, factors_of, physical_batches, squares_of
+from client.convolution import Convolution
+from client.layer_gradients import GroupNorm, Kept, Layer, LayerNorm, Linear, PReLU, Weighted
+from client.units import Grouping, Units, factors_of, physical_batches, squares_of
 from common.errors import ConfigError
 from common.models.flat import FlatNetwork
 from common.tasks import Loss
 
 MAX_PIXELS = 1 << 21  # of the images that go through the network at once
+KINDS: dict[type[nn.Module], type[Layer]] = {
+    nn.Conv1d: Convolution,
+    nn.Conv2d: Convolution,
+    nn.Conv3d: Convolution,
+    nn.ConvTranspose1d: Convolution,
+    nn.ConvTranspose2d: Convolution,
+    nn.ConvTranspose3d: Convolution,
+    nn.Linear: Linear,
+    nn.GroupNorm: GroupNorm,
+    nn.InstanceNorm1d: GroupNorm,
+    nn.InstanceNorm2d: GroupNorm,
+    nn.InstanceNorm3d: GroupNorm,
+    nn.LayerNorm: LayerNorm,
+    nn.PReLU: PReLU,
+}
 
 
 class BookKeepingEngine:
@@ -136,18 +152,29 @@ class Tape:
         for units, part in itertools.chain.from_iterable(self._each.values()):
             squares[units] += squares_of(part)
         factors = factors_of(squares.sqrt(), clip_norm, dtype)
+        if not bool(factors.all()):
+            self._leave_out(factors)
         made: dict[int, Tensor] = {}
         for key in list(self._each):
             for units, part in self._each.pop(key):
-                scaled = factors[units] @ _without(part, factors[units])
+                scaled = factors[units] @ part
                 made[key] = made[key].add_(scaled) if key in made else scaled
         by_image = factors[self.grouping.unit_of]
         while self._later:
             layer, inputs, gradient = self._later.pop()
-            scale = by_image.view(-1, *[1] * (gradient.ndim - 1))
-            scaled = _without(gradient, by_image) * scale
-            made[id(layer.weight)] = layer.weighted(_without(inputs, by_image), scaled).flatten()
+            scaled = gradient * _over(gradient, by_image)
+            made[id(layer.weight)] = layer.weighted(inputs, scaled).flatten()
         return made
+
+    def _leave_out(self, factors: Tensor) -> None:
+        """Put zeros where a unit's factor is 0: nothing times 0 is not always 0."""
+        for parts in self._each.values():
+            for number, (units, part) in enumerate(parts):
+                parts[number] = units, _zeroed(part, factors[units])
+        by_image = factors[self.grouping.unit_of]
+        for number, (layer, *both) in enumerate(self._later):
+            inputs, gradient = (_zeroed(each, by_image) for each in both)
+            self._later[number] = layer, inputs, gradient
 
     def _is_large(self, layer: Weighted, inputs: Tensor, gradient: Tensor) -> bool:
         # Gradients of several uses add up before the norm is taken.
@@ -216,8 +243,10 @@ def _noted(layer: Layer, tape: Tape, inputs: Tensor) -> Tensor:
     return outputs
 
 
-def _without(rows: Tensor, factors: Tensor) -> Tensor:
-    """The same, with zeros where the factor is 0: nothing times 0 is not always 0."""
-    if bool(factors.all()):
-        return rows
-    return torch.where((factors != 0).view(-1, *[1] * (rows.ndim - 1)), rows, 0)
+def _over(rows: Tensor, factors: Tensor) -> Tensor:
+    """Factors of rows, shaped so that they multiply them."""
+    return factors.view(-1, *[1] * (rows.ndim - 1))
+
+
+def _zeroed(rows: Tensor, factors: Tensor) -> Tensor:
+    return torch.where(_over(rows, factors) != 0, rows, 0)

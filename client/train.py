@@ -194,9 +194,9 @@ def train_privately(
         units = draw_units(images, members, training.augmentation, plan, secrets)
         network.values.grad = None  # the next one comes in its place
         # An empty draw is noised and stepped like any other: skipping it would tell that it was.
-        total = secrets.add_noise(engine.clipped_sum(units, loss_of, clip_norm), scale)
-        network.values.grad = total.div_(plan.batch_size)
-        del total
+        network.values.grad = secrets.add_noise(
+            engine.clipped_sum(units, loss_of, clip_norm), scale
+        ).div_(plan.batch_size)
         # After the noise: the term depends on the weights alone, and clipping must not see it.
         _pull_back(network, start, training)
         optimizer.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +25,45 @@ class Units:
     pixels: Tensor
     targets: Tensor
     sizes: tuple[int, ...]
+
+
+class Grouping:
+    """Private. Which images belong to one unit; several images of one stand together.
+
+    Attributes:
+      num_units: How many there are, at least one.
+      largest: Images of the largest one.
+      slices: The images of each unit.
+      unit_of: Unit of each image, shape (num_images,).
+    """
+
+    def __init__(self, sizes: Sequence[int], device: torch.device) -> None:
+        self.num_units, self.largest = len(sizes), max(sizes)
+        ends = itertools.accumulate(sizes)
+        self.slices = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+        lengths = torch.tensor(sizes, device=device)
+        self.unit_of = torch.repeat_interleave(torch.arange(len(sizes), device=device), lengths)
+        starts = lengths.cumsum(0) - lengths
+        self._alike = [
+            (units, starts[units, None] + torch.arange(size, device=device))
+            for size in sorted(set(sizes))
+            for units in [torch.nonzero(lengths == size).squeeze(1)]
+        ]
+
+    def alike(self, one: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Units with equally many images: (num,), and of both (num, images of each, ...)."""
+        for units, rows in self._alike:
+            if len(units) == self.num_units:  # all of them, as they stand
+                yield units, one.unflatten(0, rows.shape), other.unflatten(0, rows.shape)  # type: ignore[no-untyped-call]
+            else:
+                yield units, one[rows], other[rows]
+
+    def add_up(self, each: Tensor) -> Tensor:
+        """Sums over the images of each unit: (num_images, ...) to (num_units, ...)."""
+        if self.largest == 1:
+            return each
+        sums = each.new_zeros((self.num_units, *each.shape[1:]))
+        return sums.index_add_(0, self.unit_of, each)
 
 
 def physical_batches(units: Units, max_images: int) -> list[Units]:

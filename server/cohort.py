@@ -93,9 +93,7 @@ class Cohort:
             if reason == Reason.BUDGET
         }
         left |= last.convicted
-        for member in epoch.members:
-            if revoked.get_revoked_certificate_by_serial_number(member.serial_number) is not None:
-                left[member.name] = "its certificate was revoked"
+        left |= dict.fromkeys(epoch.on_list(revoked), "its certificate was revoked")
         if left.keys() - self._excluded.keys():
             self._excluded = {**left, **self._excluded}
             self._run_dir.save_excluded(self._excluded)

@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 
-from common.errors import ConfigError, RemoteProtocolError
+from cryptography import x509
+
+from common.errors import RemoteProtocolError
 from common.identity import Certified, Identity, read_certified, read_revocation_list
 from common.manifest import Manifest
 from common.messages import (
@@ -23,7 +24,7 @@ from common.messages import (
     RoundTask,
     SiteKeys,
 )
-from common.roster import CoordinatorCredentials, check_encapsulated, check_site_keys
+from common.roster import check_encapsulated, check_site_keys
 from common.secagg.keys import run_id
 from common.signing import check_signed, sign
 from server.exchange import Exchange
@@ -51,15 +52,8 @@ class Epoch:
         """Who takes part, by site."""
         return tuple(map(read_certified, self.roster.certificates))
 
-    def revoked(self, credentials: CoordinatorCredentials, now: datetime) -> set[str]:
-        """Members whose certificate is on the newest list: the door lets none of them in.
-
-        A list that cannot be used names nobody here; the next sum ends with what is wrong with it.
-        """
-        try:
-            listed = read_revocation_list(credentials.revoked(), credentials.trust.ca, now)
-        except (ConfigError, RemoteProtocolError):
-            return set()
+    def on_list(self, listed: x509.CertificateRevocationList) -> set[str]:
+        """Members whose certificate was revoked."""
         by_serial = listed.get_revoked_certificate_by_serial_number
         return {one.name for one in self.members if by_serial(one.serial_number) is not None}
 

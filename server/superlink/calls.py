@@ -72,12 +72,13 @@ def shelved(session: ObjectTree, state: Any, task: Task) -> PushObjectResponse:
 
 OF_COORDINATOR: dict[str, Handler] = {
     "push-messages": runtime_handlers.push_messages,
-    "shelved": shelved,
+    SHELVED.removeprefix(RUNTIME): shelved,
     "pull-messages": runtime_handlers.pull_messages,
     "pull-object": runtime_handlers.pull_object,
     "confirm-message-received": runtime_handlers.confirm_message_received,
     "get-nodes": runtime_handlers.get_nodes,
 }
+REQUESTS = {**PROTOBUF_REQUEST_TYPES, ("POST", SHELVED): ObjectTree}
 
 log = logging.getLogger("consilium.superlink")
 
@@ -180,8 +181,7 @@ async def _read(request: Request, path: str) -> tuple[Any, bytes]:
         message, content = request.scope[PARSED]
         return message, content
     body = await request.body()
-    kind = ObjectTree if path == SHELVED else PROTOBUF_REQUEST_TYPES["POST", path]
-    message = ProtobufTranslationMiddleware._parse_request(body, kind)  # noqa: SLF001
+    message = ProtobufTranslationMiddleware._parse_request(body, REQUESTS["POST", path])  # noqa: SLF001
     return message, taken_out(message) if path.endswith(PUSH) else b""
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client import layer_gradients
+from client import convolution, layer_gradients
 from client.bookkeeping import BookKeepingEngine, layers_of
 from client.clipping import by_brute_force
-from client.layer_gradients import Convolution, Grouping, Linear
-from client.units import Units
+from client.convolution import Convolution
+from client.layer_gradients import Linear
+from client.units import Grouping, Units
 from common.errors import ConfigError
 from common.models.flat import FlatNetwork
 
@@ -145,10 +146,11 @@ def error_of(network: FlatNetwork, units: Units) -> float:
 
 
 # How a layer comes to its units' gradients: a rule on shapes decides, and these decide the rule.
+GRAM_ENTRIES, MAX_TOGETHER = (layer_gradients, "GRAM_ENTRIES"), (convolution, "MAX_TOGETHER")
 WAYS = {
-    "by groups": {"GRAM_ENTRIES": 1 << 40, "MAX_TOGETHER": 1 << 40},
-    "one by one": {"GRAM_ENTRIES": 1 << 40, "MAX_TOGETHER": 0},
-    "norms first": {"GRAM_ENTRIES": 0},
+    "by groups": {GRAM_ENTRIES: 1 << 40, MAX_TOGETHER: 1 << 40},
+    "one by one": {GRAM_ENTRIES: 1 << 40, MAX_TOGETHER: 0},
+    "norms first": {GRAM_ENTRIES: 0},
 }
 
 
@@ -159,8 +161,8 @@ WAYS = {
 def test_every_layer_equals_brute_force(
     title: str, way: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in WAYS[way].items():
-        monkeypatch.setattr(layer_gradients, name, value)
+    for (module, name), value in WAYS[way].items():
+        monkeypatch.setattr(module, name, value)
     dims, side, make = KINDS[title]
     assert error_of(network_of(make(), dims), units_of(dims, side, sizes)) <= 1e-12
 

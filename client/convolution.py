@@ -1,0 +1,169 @@
+"""A convolution's units' gradients: as groups of one convolution, one by one, or their norms first.
+
+Which way is taken depends on shapes alone; the numbers here were fitted to measured layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from torch import Tensor
+
+from client.layer_gradients import Kept, Parts, Weighted
+from client.units import Grouping
+
+MAX_TOGETHER = 1 << 20  # entries of units' gradients that are made at once: they stay in a cache
+FEWEST_TOGETHER = 8  # units; fewer are made one by one
+
+
+class Convolution(Weighted):
+    """Convolution and its transpose, in one to three dimensions."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__(module)
+        self.weight, self._bias = module.weight, module.bias
+        self._transposed = module.transposed
+        self._kernel, self._groups = module.kernel_size, module.groups
+        self._stride, self._dilation = module.stride, module.dilation
+        self._output_padding = module.output_padding
+        self._padding, self._before, self._mode = module.padding, None, module.padding_mode
+        if isinstance(module.padding, str) or module.padding_mode != "zeros":
+            self._before = module._reversed_padding_repeated_twice  # noqa: SLF001
+            self._padding = (0,) * len(module.kernel_size)
+
+    def prepare(self, inputs: Tensor) -> Tensor:
+        """Pad, where it is done with anything but as many zeros on both sides."""
+        if self._before is None:
+            return inputs
+        mode = "constant" if self._mode == "zeros" else self._mode
+        return F.pad(inputs, self._before, mode=mode)
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Kept]:
+        """See ``Layer``."""
+        return torch.convolution(
+            inputs,
+            self.weight,
+            self._bias,
+            *self._settings(),
+            self._groups,  # type: ignore[call-arg]
+        ), ()
+
+    def backward(self, inputs: Tensor, gradient: Tensor, kept: Kept) -> Tensor:
+        """See ``Layer``."""
+        del kept
+        return self._backward(gradient, inputs, self.weight, self._groups, of_input=True)
+
+    def bias_of_each(self, gradient: Tensor, grouping: Grouping) -> Tensor:
+        """See ``Weighted``."""
+        return grouping.add_up(gradient.flatten(2).sum(dim=2))
+
+    def weight_of_each(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> Parts:
+        """See ``Weighted``."""
+        most = MAX_TOGETHER // self.weight.numel()
+        if most < FEWEST_TOGETHER:
+            for unit, images in enumerate(grouping.slices):
+                made = self.weighted(inputs[images], gradient[images])
+                yield slice(unit, unit + 1), made.unsqueeze(0)
+            return
+        for units, *both in grouping.alike(inputs, gradient):
+            num_parts = -(-len(units) // most)
+            parts = (each.chunk(num_parts) for each in (units, *both))
+            for some, one, other in zip(*parts, strict=True):
+                yield some, self._by_groups(one, other)
+
+    def has_large_weight(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> bool:
+        """See ``Weighted``."""
+        places = inputs if self._transposed else gradient
+        return self._groups == 1 and self.is_large(places[0, 0].numel() * grouping.largest)
+
+    def grams(self, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """See ``Weighted``."""
+        # The transpose's weight meets the output where the other's meets the input.
+        seen, alone = (gradient, inputs) if self._transposed else (inputs, gradient)
+        made = self._gram_of_windows(seen, alone.shape[3:]) * _gram(alone)
+        num_positions = alone.shape[1] * alone[0, 0, 0].numel()
+        return made.view(len(made), num_positions, num_positions)
+
+    def _gram_of_windows(self, seen: Tensor, places: Sequence[int]) -> Tensor:
+        """The Gram matrix of the windows that a kernel sees at each place.
+
+        Two windows' product is the sum, over the kernel, of the products of two pixels: windows
+        overlap, and pixels are fewer.
+
+        Args:
+          seen: (num_units, images, channels, *pixels).
+          places: Of the kernel, by dimension.
+
+        Returns:
+          (num_units, images, *places, images, *places).
+        """
+        num_dims = len(places)
+        around = [num for each in reversed(self._padding) for num in (each, each)]
+        pixels = F.pad(_gram(seen), [*around, 0, 0, *around])
+        unit, image, *rows = pixels.stride()
+        other, columns = rows[num_dims], rows[num_dims + 1 :]
+        rows = rows[:num_dims]
+        steps = [s * far for s, far in zip(rows, self._stride, strict=True)]
+        other_steps = [s * far for s, far in zip(columns, self._stride, strict=True)]
+        in_kernel = [(s + o) * far for s, o, far in zip(rows, columns, self._dilation, strict=True)]
+        num_units, images = seen.shape[:2]
+        pairs = pixels.as_strided(
+            (num_units, images, *places, images, *places, *self._kernel),
+            (unit, image, *steps, other, *other_steps, *in_kernel),
+        )
+        return pairs.sum(dim=tuple(range(-num_dims, 0)))
+
+    def weighted(self, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """See ``Weighted``."""
+        return self._backward(gradient, inputs, self.weight, self._groups, of_input=False)
+
+    def _by_groups(self, inputs: Tensor, gradient: Tensor) -> Tensor:
+        """All units' gradients at once: they are the groups of one convolution.
+
+        Args:
+          inputs: (num_units, images of each, channels, ...).
+          gradient: The same of the output.
+        """
+        num_units = len(inputs)
+        one, *rest = self.weight.shape
+        shape = self.weight.new_empty(1).expand(num_units * one, *rest)  # nothing else is asked for
+        made = self._backward(
+            gradient.transpose(0, 1).flatten(1, 2),
+            inputs.transpose(0, 1).flatten(1, 2),
+            shape,
+            num_units * self._groups,
+            of_input=False,
+        )
+        return made.view(num_units, *self.weight.shape)
+
+    def _backward(
+        self, gradient: Tensor, inputs: Tensor, weight: Tensor, groups: int, *, of_input: bool
+    ) -> Tensor:
+        wanted = [of_input, not of_input, False]
+        found = torch.ops.aten.convolution_backward(
+            gradient, inputs, weight, None, *self._settings(), groups, wanted
+        )
+        made: Tensor = found[0 if of_input else 1]
+        return made
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (
+            self._stride,
+            self._padding,
+            self._dilation,
+            self._transposed,
+            self._output_padding,
+        )
+
+
+def _gram(images: Tensor) -> Tensor:
+    """Products of all pairs of pixels of a unit, over the channels.
+
+    (num_units, images, channels, *pixels) to (num_units, images, *pixels, images, *pixels).
+    """
+    num_units, num_images, _, *pixels = images.shape
+    rows = images.flatten(3).mT.flatten(1, 2)  # (num_units, images and pixels, channels)
+    return (rows @ rows.mT).view(num_units, num_images, *pixels, num_images, *pixels)
