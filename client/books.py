@@ -18,7 +18,7 @@ from typing import Any
 from client.config import Budget, Certificates, SiteConfig
 from client.hospital import STUDIES
 from client.journal import JOURNAL
-from client.ledger import LEDGERS, Ledger, charge_key
+from client.ledger import LEDGERS, WITHOUT_PRIVACY, Charge, Ledger, charge_key
 from client.site import AUDIT
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog, verify
@@ -30,15 +30,6 @@ from common.study import Study
 
 USUAL_DELTA = 1e-5  # where no [budget] names one
 SHORT = 12  # digits of a digest
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One line of a ledger."""
-
-    run: str
-    sum_number: int
-    event: Event
 
 
 @dataclass(frozen=True)
@@ -116,7 +107,7 @@ def ledger_lines(config: SiteConfig) -> Iterator[str]:
         budget = config.budget if path == ledger_file(config) else None
         delta = budget.delta if budget else USUAL_DELTA
         sofar: list[Event] = []
-        for run, charges in _runs(read_charges(path)):
+        for run, charges in _runs(Ledger(path, path.stem, None).charges()):
             sofar += [charge.event for charge in charges]
             yield (
                 f"data set {path.stem}: run {run[:SHORT]}, {_describe(charges)}; epsilon "
@@ -140,24 +131,6 @@ def spent_line(path: Path, budget: Budget | None) -> str:
     return f"{head} of {budget.epsilon:g} at delta {delta:g}; {left:.3g} left"
 
 
-def read_charges(path: Path) -> list[Charge]:
-    """Every line of a ledger, oldest first.
-
-    Raises:
-      DataError: A line is damaged.
-    """
-    Ledger(path, path.stem, None)
-    lines = map(json.loads, path.read_bytes().splitlines())
-    return [
-        Charge(
-            line["run"],
-            line["sum"],
-            Event(line["noise_multiplier"], line["sampling_probability"], line["steps"]),
-        )
-        for line in lines
-    ]
-
-
 def _runs(charges: list[Charge]) -> list[tuple[str, list[Charge]]]:
     """Charges by run, in the order of each run's first."""
     runs = dict.fromkeys(charge.run for charge in charges)
@@ -172,6 +145,8 @@ def _describe(charges: list[Charge]) -> str:
 
 def _describe_equal(charges: list[Charge]) -> str:
     event, num = charges[0].event, len(charges)
+    if event == WITHOUT_PRIVACY:
+        return "a study without differential privacy"
     return (
         f"{num} sum{'' if num == 1 else 's'} of {event.steps} steps (noise multiplier "
         f"{event.noise_multiplier:.4g}, sampling probability {event.sampling_probability:.4g})"

@@ -97,11 +97,17 @@ def status(context: typer.Context) -> None:
 
 
 @app.command()
-def ledger(context: typer.Context) -> None:
-    """Say what every run cost each data set, and what is left of its budget."""
+def ledger(
+    context: typer.Context,
+    study: Annotated[
+        Path | None, typer.Option(help="A planned study; without it, every approved one.")
+    ] = None,
+) -> None:
+    """Say what every run cost each data set, what is left, and what planned studies would cost."""
     from client.books import ledger_lines
+    from client.study_check import planned_lines
 
-    for line in ledger_lines(context.obj):
+    for line in (*ledger_lines(context.obj), *planned_lines(context.obj, study)):
         print(line, flush=True)
 
 

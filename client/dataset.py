@@ -6,7 +6,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.config import Data
+from client.contents import Contents, Intake
 from client.images import Images, Scans
 from client.partition import deal
 from client.prepare import load_mask, load_pixels, prepare, prepare_masks
@@ -50,6 +51,7 @@ class SiteData:
     validation: Samples
     test: Samples
     num_skipped: int  # unreadable images, where the site's configuration says to skip them
+    contents: Contents  # digests of all of it
 
     @property
     def num_patients(self) -> int:
@@ -58,11 +60,11 @@ class SiteData:
 
     def to(self, device: torch.device) -> SiteData:
         """The same images on another device."""
-        return SiteData(
-            self.train.to(device),
-            self.validation.to(device),
-            self.test.to(device),
-            self.num_skipped,
+        return replace(
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
         )
 
 
@@ -79,8 +81,11 @@ def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteD
     """
     splits = _dealt_cases(data, study, dealt)
     skipped: list[str] = []
+    intake = Intake(data.names_patients)
     parts = {
-        split: _prepare_all(cases, study, skipped if data.on_broken == "skip" else None)
+        split: _prepare_all(
+            _read(cases, study, intake, skipped if data.on_broken == "skip" else None), study
+        )
         for split, cases in splits.items()
     }
     if skipped:
@@ -88,7 +93,11 @@ def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteD
     if not len(parts[Split.TRAIN]):
         raise DataError(f"data set {data.name} has no training image; check data.root")
     return SiteData(
-        parts[Split.TRAIN], parts[Split.VALIDATION], parts[Split.TEST], num_skipped=len(skipped)
+        parts[Split.TRAIN],
+        parts[Split.VALIDATION],
+        parts[Split.TEST],
+        num_skipped=len(skipped),
+        contents=intake.contents(),
     )
 
 
@@ -164,9 +173,8 @@ def _place(patient: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _prepare_all(cases: Sequence[Case], study: Study, skipped: list[str] | None) -> Samples:
-    """Prepared images of these cases; broken ones stop the site or go on the ``skipped`` list."""
-    read = _read(cases, study, skipped)
+def _prepare_all(read: Iterator[Sample], study: Study) -> Samples:
+    """What was read, as the network takes it."""
     if study.input.patches:
         return _scans(read, study.input)
     used: list[Case] = []
@@ -192,14 +200,20 @@ def _scans(read: Iterable[Sample], config: Input) -> Scans:
     return Scans(pixels, masks, patients, config.size)
 
 
-def _read(cases: Iterable[Case], study: Study, skipped: list[str] | None) -> Iterator[Sample]:
+def _read(
+    cases: Iterable[Case], study: Study, intake: Intake, skipped: list[str] | None
+) -> Iterator[Sample]:
+    """Every image, noted; broken ones stop the site or go on the ``skipped`` list."""
     for case in cases:
         try:
-            yield load_sample(case, study)
+            pixels, target, _ = sample = load_sample(case, study)
         except DataError:
             if skipped is None:
                 raise
             skipped.append(case.name)
+            continue
+        intake.note(pixels, target, case.patient)
+        yield sample
 
 
 def load_sample(case: Case, study: Study) -> Sample:

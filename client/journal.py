@@ -8,7 +8,6 @@ site would say things twice.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import sqlite3
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import ConfigDict
 
 from common.config import Frozen
-from common.disk import has_room, name_file, replace_file, sync_folder
+from common.disk import name_file, replace_file, sqlite_room, sync_folder
 from common.errors import DataError, LocalProtocolError
 from common.secagg.phases import Phase
 
@@ -37,7 +36,6 @@ CREATE TABLE IF NOT EXISTS counter (writes INTEGER NOT NULL);
 """
 JOURNAL, RELEASED = "journal.sqlite", "released.sqlite"
 LEAVE = "what was already said is unknown: this site must leave the run"
-LITTLE_BYTES = 1 << 20  # more than SQLite needs for one transaction
 
 log = logging.getLogger("consilium.site")
 
@@ -112,7 +110,7 @@ class Journal:
             raise DataError(f"journal {path} is gone; {LEAVE}", rule="R6")
         common = released or path.with_name(RELEASED)
         try:
-            with self._room():
+            with sqlite_room(self._folder / JOURNAL):
                 self._open(path, common)
         except sqlite3.DatabaseError as error:
             raise DataError(f"journal {path} is damaged ({error}); {LEAVE}", rule="R6") from None
@@ -269,7 +267,7 @@ class Journal:
 
     def _remove_bodies(self) -> None:
         """All but the last upload's: what a crash or a full disk left of others, too."""
-        with self._room():
+        with sqlite_room(self._folder / JOURNAL):
             last = self.sum()
         kept = self._body(last.sum_number) if last else None
         for path in self._folder.glob("answer-*"):
@@ -291,7 +289,7 @@ class Journal:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All of it or nothing; the mark follows, so that it is never ahead of the journal."""
-        with self._room():
+        with sqlite_room(self._folder / JOURNAL):
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 number = self._next_number()
@@ -317,17 +315,6 @@ class Journal:
     def _put_mark(self) -> None:
         """The number of writes, in a file of its own."""
         replace_file(self._mark, str(self._known).encode())
-
-    @contextmanager
-    def _room(self) -> Iterator[None]:
-        """SQLite has words of its own for a full disk: the operating system's are raised."""
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            is_full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
-            if not is_full and has_room(self._folder, LITTLE_BYTES):
-                raise
-            raise OSError(errno.ENOSPC, str(error), str(self._folder / JOURNAL)) from None
 
     def _num_writes(self) -> int:
         row = self._database.execute("SELECT writes FROM counter").fetchone()

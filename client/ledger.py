@@ -3,25 +3,31 @@
 A debit is on disk before the data is touched: a crash may waste budget, it never overspends it. A
 debit is keyed by (run, sum number): training the same sum again after a crash is charged once,
 because nothing of the first attempt had left.
+
+The file is a hash-chained log (common/audit.py) with two kinds of lines: ``debit``, and ``data``,
+which says what was then read of the data set, as a digest. Nothing in it is about one patient.
 """
 
 from __future__ import annotations
 
 import fcntl
-import hashlib
-import json
 import os
-from dataclasses import asdict
-from io import FileIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from client.config import Budget
+from client.contents import Contents, Patients
 from common.accounting import Event, epsilon_of
-from common.audit import GENESIS
-from common.disk import append, is_full, sync_folder
+from common.audit import AuditLog
+from common.disk import is_full
 from common.errors import BudgetExhausted, DataError
 
 LEDGERS = "ledgers"  # folder in a site's state folder
+WITHOUT_PRIVACY = Event(noise_multiplier=0.0, sampling_probability=1.0, steps=1)  # epsilon: no end
 
 
 def charge_key(run: str, study: str) -> str:
@@ -33,11 +39,27 @@ def charge_key(run: str, study: str) -> str:
     return f"{run}/{study}"
 
 
+@dataclass(frozen=True)
+class Charge:
+    """One debit."""
+
+    run: str  # see ``charge_key``
+    sum_number: int
+    event: Event
+    time: str  # ISO 8601, UTC
+
+
 class Ledger:
     """Everything ever charged to one data set, over all studies and runs."""
 
-    def __init__(self, path: Path, data_name: str, budget: Budget | None) -> None:
-        """Open a ledger, or start one.
+    def __init__(
+        self,
+        path: Path,
+        data_name: str,
+        budget: Budget | None,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        """Open a ledger; its first line makes the file.
 
         Raises:
           DataError: A line is damaged; what was spent is then unknown, and the site must stop.
@@ -45,8 +67,8 @@ class Ledger:
         self._path = path
         self._data_name = data_name
         self._budget = budget
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._events()
+        self._log = AuditLog(path, now)
+        self.charges()
 
     def debit(self, run: str, sum_number: int, event: Event, *, num_rounds: int) -> None:
         """Charge one sum; on disk when this returns.
@@ -61,37 +83,33 @@ class Ledger:
           BudgetExhausted: It does not fit; nothing is charged, and no data may be opened.
           OSError: The disk is full; the same.
         """
-        with self._path.open("ab", buffering=0) as file:
-            # Several processes of one site may hold this ledger: check and charge are one step.
-            fcntl.flock(file, fcntl.LOCK_EX)
-            known = self._events().get((run, sum_number))
-            if known == event:
-                return
-            if known is not None:
+        with self._alone():
+            known = {(one.run, one.sum_number): one.event for one in self.charges()}
+            if known.get((run, sum_number), event) != event:
                 raise DataError(f"the ledger of {self._data_name} holds another event for this sum")
-            if len(self.events_of(run)) >= num_rounds:
+            if (run, sum_number) in known:
+                return
+            if sum(name == run for name, _ in known) >= num_rounds:
                 raise BudgetExhausted(
                     f"sum {sum_number}: this run was charged for {num_rounds} sums on data set "
                     f"{self._data_name}, as many as its epsilon pays for; start a new run"
                 )
             self.check([event], f"sum {sum_number}")
-            line = {"run": run, "sum": sum_number, **asdict(event)}
-            os.fchmod(file.fileno(), 0o600)
-            self._append(file, json.dumps(line).encode() + b"\n")
+            self._append("debit", run=run, sum=sum_number, **asdict(event))
 
-    def _append(self, file: FileIO, line: bytes) -> None:
-        """Write one line whole or not at all: half of one would close this data set."""
-        try:
-            append(file, line)
-            if file.tell() == len(line):
-                sync_folder(self._path.parent)  # the name of a new ledger survives a power cut
-        except OSError as error:
-            if is_full(error):
-                raise  # the debit is tried again as soon as there is room
-            raise DataError(
-                f"the ledger of {self._data_name} cannot be written ({error.strerror}): nothing "
-                "was charged and no image opened; repair the disk"
-            ) from None
+    def opened(self, contents: Contents) -> None:
+        """Record what was read of the data set, before it is used.
+
+        Raises:
+          DataError: Another data set of this site holds one of its patients: two budgets would
+            pay for one person.
+          OSError: The disk is full.
+        """
+        with self._alone():
+            Patients(self._path.parent).claim(self._data_name, contents.units)
+            before = [line["digest"] for line in self._lines() if line["event"] == "data"]
+            if before[-1:] != [contents.digest]:
+                self._append("data", digest=contents.digest, images=contents.num_images)
 
     def check(self, planned: list[Event], what: str) -> None:
         """Refuse what the budget does not cover; nothing is charged.
@@ -102,60 +120,76 @@ class Ledger:
         if self._budget is None:
             return
         budget, delta = self._budget.epsilon, self._budget.delta
-        before = self.spent(delta)
-        after = epsilon_of([*self._events().values(), *planned], delta)
+        after = self.spent(delta, planned)
         if after > budget:
             raise BudgetExhausted(
                 f"{what} on data set {self._data_name} would bring epsilon to {after:.3g} at delta "
-                f"{delta:g}; {before:.3g} of {budget:g} is spent; ask the data owner before "
-                "raising the budget"
+                f"{delta:g}; {self.spent(delta):.3g} of {budget:g} is spent; ask the data owner "
+                "before raising the budget"
             )
 
-    def spent(self, delta: float) -> float:
-        """Epsilon at ``delta`` of everything ever charged to this data set."""
-        return epsilon_of(self._events().values(), delta)
+    def spent(self, delta: float, planned: list[Event] | None = None) -> float:
+        """Epsilon at ``delta`` of everything ever charged to this data set, and of what is planned.
+
+        Infinite once it was used in a study without differential privacy.
+        """
+        return epsilon_of([*(one.event for one in self.charges()), *(planned or ())], delta)
 
     def events_of(self, run: str) -> list[Event]:
         """What one run was charged."""
-        return [event for (name, _), event in self._events().items() if name == run]
+        return [one.event for one in self.charges() if one.run == run]
+
+    def charges(self) -> list[Charge]:
+        """Every debit, oldest first, read from disk: another process may have written.
+
+        Raises:
+          DataError: A line is damaged.
+        """
+        try:
+            return [_charge(line) for line in self._lines() if line["event"] == "debit"]
+        except (DataError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"ledger {self._path.name} is damaged: what was spent is unknown; restore it from "
+                f"a backup, or let the data owner close this data set ({error})"
+            ) from None
 
     def head(self) -> str:
-        """SHA-256 over every line: what stands for this ledger in a statement; 64 hex digits."""
-        content = self._content()
-        return hashlib.sha256(content).hexdigest() if content else GENESIS
+        """The hash of the last line: what stands for this ledger in a statement; 64 hex digits."""
+        return self._log.head()
 
     def holds(self, head: str) -> bool:
         """Whether this was ever the head: not so after a cut or a return to an older copy."""
-        digest = hashlib.sha256()
-        heads = {GENESIS}
-        for line in self._content().splitlines(keepends=True):
-            digest.update(line)
-            heads.add(digest.hexdigest())
-        return head in heads
+        return self._log.holds(head)
 
-    def _content(self) -> bytes:
-        return self._path.read_bytes() if self._path.exists() else b""
+    def _lines(self) -> Iterator[dict[str, Any]]:
+        return self._log.entries()
 
-    def _events(self) -> dict[tuple[str, int], Event]:
-        """Every charge by (run, sum number), read from disk: another process may have written."""
-        content = self._content()
-        if content and not content.endswith(b"\n"):
-            raise self._damaged()
+    def _append(self, event: str, **facts: str | float) -> None:
+        """Write one line whole or not at all: half of one would close this data set."""
         try:
-            return dict(_parse(line) for line in content.splitlines())
-        except (ValueError, KeyError, TypeError):
-            raise self._damaged() from None
+            self._log.append(event, **facts)
+        except OSError as error:
+            if is_full(error):
+                raise  # it is tried again as soon as there is room
+            raise DataError(
+                f"the ledger of {self._data_name} cannot be written ({error.strerror}): nothing "
+                "was charged and no image opened; repair the disk"
+            ) from None
 
-    def _damaged(self) -> DataError:
-        return DataError(
-            f"ledger {self._path.name} is damaged: what was spent is unknown; restore it from a "
-            "backup, or let the data owner close this data set"
-        )
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Several processes of one site may hold this ledger: check and charge are one step."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(self._path.with_suffix(".lock"), os.O_CREAT | os.O_WRONLY, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
 
 
-def _parse(line: bytes) -> tuple[tuple[str, int], Event]:
-    entry = json.loads(line)
+def _charge(line: dict[str, Any]) -> Charge:
     event = Event(
-        float(entry["noise_multiplier"]), float(entry["sampling_probability"]), int(entry["steps"])
+        float(line["noise_multiplier"]), float(line["sampling_probability"]), int(line["steps"])
     )
-    return (str(entry["run"]), int(entry["sum"])), event
+    return Charge(str(line["run"]), int(line["sum"]), event, str(line["time"]))

@@ -152,10 +152,8 @@ def give_shares(request: Unmask, session: Session, site: Site) -> Shares:
 
 def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
     """Score the incoming model, train it on local images and return the masked update."""
-    if site.plan is not None:
-        # Debit before the data is touched: a crash may waste budget, never overspend it.
-        run = site.charged(session.manifest.run)
-        site.ledger.debit(run, task.sum_number, site.plan.event, num_rounds=site.plan.num_rounds)
+    # Debit before the data is touched: a crash may waste budget, never overspend it.
+    site.charge(session.manifest.run, task.sum_number)
     give_back()  # what fetching the model took: training needs it
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
     # Nobody here holds on to the update: its memory is free before the masked one is made.

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from client.config import simulated_table
+from client.contents import Contents
 from client.dataset import (
     Deal,
     Samples,
@@ -107,6 +108,7 @@ def pooled(sources: Sequence[Source], trained_on: int | None) -> Source:
             _joined({k: parts[k].validation for k in chosen}),
             _joined({k: part.test for k, part in enumerate(parts)}),
             num_skipped=sum(part.num_skipped for part in parts),
+            contents=Contents.together(part.contents for part in parts),
         )
 
     first = sources[0]

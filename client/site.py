@@ -16,11 +16,11 @@ from client.clipping import check_engine, check_layers
 from client.config import Budget, Policy
 from client.dataset import SiteData
 from client.journal import JOURNAL, RELEASED, Journal
-from client.ledger import LEDGERS, Ledger, charge_key
+from client.ledger import LEDGERS, WITHOUT_PRIVACY, Ledger, charge_key
 from client.noise import Keystream
 from client.session import Party
 from common.audit import AuditLog
-from common.errors import ConfigError, LocalProtocolError
+from common.errors import BudgetExhausted, ConfigError, LocalProtocolError
 from common.evidence import Evidence
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork
@@ -79,6 +79,19 @@ class Site:
         known = self.credentials()  # read anew: a certificate may have been renewed
         return Party(known.identity, known.trust, self.now())
 
+    def charge(self, run: str, sum_number: int) -> None:
+        """Charge one training to the data set; on disk when this returns.
+
+        Raises:
+          BudgetExhausted: The budget does not cover it; no data may be opened.
+        """
+        if self.plan is None:  # what a run costs has no bound, however many sums it has
+            self.ledger.debit(self.charged(run), 0, WITHOUT_PRIVACY, num_rounds=1)
+        else:
+            self.ledger.debit(
+                self.charged(run), sum_number, self.plan.event, num_rounds=self.plan.num_rounds
+            )
+
     @property
     def evidence(self) -> Evidence:
         """What this site refused."""
@@ -98,7 +111,9 @@ class Site:
     @functools.cached_property
     def data(self) -> SiteData:
         """The site's images; the first access opens them, after the first debit."""
-        return self.load().to(self.network.values.device)
+        data = self.load()
+        self.ledger.opened(data.contents)
+        return data.to(self.network.values.device)
 
     def rng(self, sum_number: int) -> torch.Generator:
         """A reproducible stream for one sum: order of images and augmentation without privacy."""
@@ -214,6 +229,12 @@ def open_site(
     )
     if plan is not None:
         check_private_training(site, plan, source.budget)
+    elif source.budget is not None:
+        raise BudgetExhausted(
+            f"study {study.name} has no differential privacy: what it costs data set "
+            f"{source.data_name} has no bound, and [budget] allows epsilon "
+            f"{source.budget.epsilon:g}; ask the data owner before removing [budget]"
+        )
     return site
 
 

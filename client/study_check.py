@@ -16,7 +16,7 @@ from common.config import load
 from common.errors import BudgetExhausted, ConfigError, FederationError, PolicyError
 from common.identity import fingerprint, read_certificate, read_party
 from common.plan import PrivacyPlan, plan_privacy
-from common.study import Study
+from common.study import NoPrivacy, Study
 
 
 def planned_study(
@@ -70,8 +70,10 @@ def check_budget(config: SiteConfig, study: Study) -> Iterator[Finding]:
         plan = _plan(config, study)
     except ConfigError:
         return  # check_terms has said so
-    if plan is None:
-        yield ok("budget: study without differential privacy, or no declared patients: no charge")
+    if isinstance(study.privacy, NoPrivacy):
+        yield _without_privacy(config, study)
+    elif plan is None:
+        yield ok("budget: not checked, data.declared_patients is not set")
     elif config.budget is None:
         yield warning(
             "budget: no [budget] in the site file; nothing bounds what the data set costs"
@@ -82,6 +84,55 @@ def check_budget(config: SiteConfig, study: Study) -> Iterator[Finding]:
         )
     else:
         yield _check_left(config, study, plan)
+
+
+def _without_privacy(config: SiteConfig, study: Study) -> Finding:
+    if config.budget is None:
+        return warning("budget: a study without differential privacy; nothing bounds what it costs")
+    return fault(
+        BudgetExhausted(
+            f"budget: epsilon {config.budget.epsilon:g}; study {study.name} has no differential "
+            "privacy, and what it costs has no bound; ask the data owner before removing [budget]"
+        )
+    )
+
+
+def planned_lines(config: SiteConfig, study_file: Path | None = None) -> Iterator[str]:
+    """What studies would still cost this site's data set: of a file, or every approved one.
+
+    Raises:
+      FederationError: A study or a book cannot be read.
+    """
+    approvals = Approvals(config.state_dir)
+    studies = (
+        [load(study_file, Study)] if study_file else [one.study for one in approvals.earlier()]
+    )
+    for study in {study.digest(): study for study in studies}.values():
+        yield f"planned: study {study.name}, {_planned(config, study)}"
+
+
+def _planned(config: SiteConfig, study: Study) -> str:
+    if isinstance(study.privacy, NoPrivacy):
+        return "without differential privacy: what it costs has no bound"
+    plan = _plan(config, study)
+    if plan is None:
+        return "what it costs is unknown: set data.declared_patients"
+    ledger = Ledger(ledger_file(config), config.data.name, config.budget)
+    num_left = plan.num_rounds - charged_in_run_under_way(config.state_dir, study, ledger)
+    if num_left <= 0:
+        return "is paid for in full"
+    delta = config.budget.delta if config.budget else plan.terms.delta
+    after = ledger.spent(delta, _rounds(plan, num_left))
+    said = (
+        f"{num_left} of {plan.num_rounds} rounds left: epsilon {after:.3g} at delta {delta:g} "
+        "after them"
+    )
+    if config.budget is None:
+        return f"{said}; no [budget] bounds it"
+    left = config.budget.epsilon - after
+    if left < 0:
+        return f"{said}; DOES NOT FIT the budget of {config.budget.epsilon:g}"
+    return f"{said}; {left:.3g} of {config.budget.epsilon:g} left"
 
 
 def _standing(study: Study, approvals: Approvals) -> Finding:

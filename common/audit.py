@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from common.disk import append, sync_folder
 from common.errors import DataError, LocalProtocolError
@@ -54,7 +55,7 @@ _FORM = re.compile(
 )
 _KEEP = "keep the file as it is and compare it with its backup and with the last signed statement"
 
-Facts = Mapping[str, str | int]
+Facts = Mapping[str, str | int | float]
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class AuditLog:
         self._path = path
         self._now = now
 
-    def append(self, event: str, **facts: str | int) -> str:
+    def append(self, event: str, **facts: str | float) -> str:
         """Add one line; on disk when this returns.
 
         Args:
@@ -151,6 +152,16 @@ class AuditLog:
             return False
         whole = (text for text in _read_lines(self._path) if not _is_torn(text))
         return any(line.hash == head for line in _chain(whole, self._path))
+
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """Every line, oldest first, each checked as ``verify`` does.
+
+        Raises:
+          DataError: A line is damaged, or the last one torn.
+        """
+        if self._path.exists():
+            for line in _chain(_read_lines(self._path), self._path):
+                yield json.loads(line.text)
 
     def _lines_after(self, last: _Line, torn: bytes, event: str, facts: Facts) -> Iterator[_Line]:
         """The line to be added, after one about torn bytes where there are any."""

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import sqlite3
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import IO
 from common.errors import DiskFull
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+LITTLE_BYTES = 1 << 20  # more than SQLite needs for one transaction
 BESIDE = ".new-"  # begins the name of a file that is not in its place yet
 
 
@@ -36,6 +38,18 @@ def has_room(folder: Path, num_bytes: int) -> bool:
             return False
         raise
     return True
+
+
+@contextmanager
+def sqlite_room(path: Path) -> Iterator[None]:
+    """SQLite has words of its own for a full disk: the operating system's are raised."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        is_full = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL
+        if not is_full and has_room(path.parent, LITTLE_BYTES):
+            raise
+        raise OSError(errno.ENOSPC, str(error), str(path)) from None
 
 
 def free_bytes(folder: Path) -> int:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from common.accounting import Event, epsilon_of, noise_multiplier_for
 from common.study import DifferentialPrivacy, Study
 
+MOST_ROUNDS = 10_000  # that anybody asks for
+
 
 @dataclass(frozen=True)
 class PrivacyPlan:
@@ -38,6 +40,22 @@ class PrivacyPlan:
     def epsilon_after(self, num_rounds: int) -> float:
         """Epsilon once so many rounds were trained."""
         return self.epsilon_of_steps(num_rounds * self.event.steps)
+
+    def rounds_within(self, epsilon: float) -> int:
+        """The most rounds that cost at most ``epsilon``; ``MOST_ROUNDS`` if so many do."""
+        fits, too_many = 0, 1
+        # By doubling: far above the budget the accountant would take minutes and gigabytes.
+        while self.epsilon_after(too_many) <= epsilon:
+            if too_many >= MOST_ROUNDS:
+                return MOST_ROUNDS
+            fits, too_many = too_many, min(2 * too_many, MOST_ROUNDS)
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self.epsilon_after(middle) <= epsilon:
+                fits = middle
+            else:
+                too_many = middle
+        return fits
 
     def epsilon_of_steps(self, steps: int) -> float:
         """Epsilon of so many steps at the study's delta."""

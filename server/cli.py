@@ -22,14 +22,20 @@ from server.config import CoordinatorConfig
 STOPPED = 130  # the exit code of a program that Ctrl-C ended
 # That a round writes, besides an upload of every site: the sum, the model, an optimizer of three.
 ROUND_MODELS = 5
+MOST_EPSILON = 50.0  # beyond it nobody is promised anything
 BOOKS_BYTES = 4 << 20
 RETRY_S = 3.0
 
+StudyFile = Annotated[Path | None, typer.Option(help="The study's TOML file.")]
+
 log = logging.getLogger("consilium.coordinator")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+@app.callback(invoke_without_command=True)
 def serve(
-    study: Annotated[Path, typer.Option(help="The study's TOML file.")],
+    context: typer.Context,
+    study: StudyFile = None,
     config: Annotated[Path, typer.Option(help="The coordinator's own TOML file.")] = Path(
         "coordinator.toml"
     ),
@@ -42,6 +48,10 @@ def serve(
     ] = False,
 ) -> None:
     """Coordinate a study."""
+    if context.invoked_subcommand is not None:
+        return
+    if study is None:
+        raise typer.BadParameter("missing; it names the study's TOML file", param_hint="--study")
     planned = load(study, Study, overrides_of(set_))
     if dry_run:
         from server.plan import plan_lines
@@ -74,6 +84,34 @@ def serve(
     print_summary(summary, folder)
 
 
+@app.command()
+def plan(
+    study: StudyFile = None,
+    declared: Annotated[
+        list[int], typer.Option(min=1, help="Declared patients of a site; may be repeated.")
+    ] = [100, 300, 1000, 3000, 10_000],  # noqa: B006
+    budget: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=MOST_EPSILON,
+            help="Also say which rounds, or which noise, cost this epsilon.",
+        ),
+    ] = 0.0,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    """Print what a study's rounds cost sites of several sizes; starts nothing, opens no data."""
+    from server.plan import print_costs, solved_lines
+
+    if study is None:
+        raise typer.BadParameter("missing; it names the study's TOML file", param_hint="--study")
+    planned = load(study, Study, overrides_of(set_))
+    print_costs(planned, declared)
+    if budget:
+        for line in solved_lines(planned, declared, budget):
+            print(line)
+
+
 def wait_for_room(folder: Path, num_bytes: int) -> None:
     """Until a folder's disk takes so much: a start without room would end where it began."""
     if free_bytes(folder) >= num_bytes:
@@ -100,4 +138,4 @@ def _interrupt(_: int, __: FrameType | None) -> NoReturn:
 def main() -> None:
     """Entry point of ``fl-server``; what it writes is this user's alone."""
     os.umask(0o077)
-    start(serve)
+    start(app)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from common.accounting import noise_multiplier_for
+from common.errors import ConfigError
 from common.manifest import default_threshold
-from common.models.build import build_network
-from common.plan import plan_privacy
+from common.plan import MOST_ROUNDS, PrivacyPlan, plan_privacy
 from common.study import Classification, NoPrivacy, Study
 from common.traffic import traffic_of
 
@@ -15,6 +20,8 @@ SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients
 
 def plan_lines(study: Study) -> Iterator[str]:
     """The plan of a study in plain lines."""
+    from common.models.build import build_network  # torch takes seconds
+
     training = study.training
     schema = build_network(study).schema
     traffic = traffic_of(study, schema)
@@ -63,20 +70,96 @@ def privacy_sentence(study: Study) -> str:
     return f"{seeded}{asked} at delta {terms.delta:g} for one {terms.unit}'s whole record at a site"
 
 
-def privacy_table(study: Study) -> Iterator[str]:
+def privacy_table(study: Study, sizes: Sequence[int] = SITE_SIZES) -> Iterator[str]:
     """What the study costs sites of several sizes, round by round."""
-    for declared in SITE_SIZES:
-        plan = plan_privacy(study, declared)
-        if plan is None:
-            return
-        event = plan.event
-        yield (
-            f"a site of {declared:>6} {plan.terms.unit}s: noise multiplier "
-            f"{event.noise_multiplier:.3f}, sampling probability {event.sampling_probability:.4f}, "
-            f"{event.steps} steps a round"
-        )
+    for plan in _plans(study, sizes):
         rounds = sorted(
             {1, *range(0, plan.num_rounds, max(1, plan.num_rounds // 5)), plan.num_rounds}
         )
         spent = (f"{k}: {plan.epsilon_after(k):.3f}" for k in rounds if k)
+        yield f"a site of {plan.num_public:>6} {plan.terms.unit}s: {_mechanism(plan)}"
         yield f"  epsilon after round {', '.join(spent)}"
+
+
+def print_costs(study: Study, sizes: Sequence[int]) -> None:
+    """Epsilon after every round, a column for each size of a site.
+
+    Raises:
+      ConfigError: The study has no differential privacy, or its epsilon cannot be reached.
+    """
+    plans = _private_plans(study, sizes)
+    terms = plans[0].terms
+    whose = f"one {terms.unit} in or out, delta {terms.delta:g}"
+    table = Table(title=f"Epsilon of study {study.name}: {whose}", box=box.SIMPLE)
+    table.add_column("after round", justify="right")
+    for plan in plans:
+        table.add_column(f"{plan.num_public:,} {terms.unit}s", justify="right")
+    for number in range(1, study.num_rounds + 1):
+        table.add_row(str(number), *(f"{plan.epsilon_after(number):.3f}" for plan in plans))
+    table.add_section()
+    events = [plan.event for plan in plans]
+    table.add_row("noise multiplier", *(f"{one.noise_multiplier:.4f}" for one in events))
+    table.add_row("sampling probability", *(f"{one.sampling_probability:.4f}" for one in events))
+    table.add_row("steps a round", *(str(one.steps) for one in events))
+    Console().print(table)
+
+
+def solved_lines(study: Study, sizes: Sequence[int], budget: float) -> Iterator[str]:
+    """What an epsilon buys: the noise for all rounds of a study, or the rounds for its noise.
+
+    Raises:
+      ConfigError: The study has no differential privacy, or this epsilon cannot be reached.
+    """
+    for plan in _private_plans(study, sizes):
+        event, unit = plan.event, plan.terms.unit
+        rounds = plan.rounds_within(budget)
+        yield (
+            f"a site of {plan.num_public:>6} {unit}s: epsilon {budget:g} pays for "
+            f"{'more than ' if rounds == MOST_ROUNDS else ''}{rounds} rounds with the study's "
+            f"noise multiplier {event.noise_multiplier:.4f}"
+        )
+        needed = _with_epsilon(plan, budget)
+        yield (
+            f"  and for all {plan.num_rounds} rounds with noise multiplier {needed:.4f} "
+            f"([privacy] noise_multiplier, or epsilon = {budget:g})"
+        )
+
+
+def _with_epsilon(plan: PrivacyPlan, epsilon: float) -> float:
+    event = plan.event
+    try:
+        return noise_multiplier_for(
+            epsilon,
+            plan.terms.delta,
+            sampling_probability=event.sampling_probability,
+            steps=plan.num_rounds * event.steps,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--budget {epsilon:g}: {error}") from None
+
+
+def _private_plans(study: Study, sizes: Sequence[int]) -> list[PrivacyPlan]:
+    if plans := list(_plans(study, sizes)):
+        return plans
+    raise ConfigError(
+        f'study {study.name}: [privacy] mode is "none", so there is no epsilon to plan; set '
+        "epsilon or noise_multiplier, delta and example_clip_norm"
+    )
+
+
+def _plans(study: Study, sizes: Sequence[int]) -> Iterator[PrivacyPlan]:
+    for declared in sizes:
+        try:
+            plan = plan_privacy(study, declared)
+        except ValueError as error:
+            raise ConfigError(f"study {study.name}, {declared} declared: {error}") from None
+        if plan is not None:
+            yield plan
+
+
+def _mechanism(plan: PrivacyPlan) -> str:
+    event = plan.event
+    return (
+        f"noise multiplier {event.noise_multiplier:.3f}, sampling probability "
+        f"{event.sampling_probability:.4f}, {event.steps} steps a round"
+    )

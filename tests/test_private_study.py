@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,17 @@ import numpy as np
 import pytest
 from federation import PHANTOMS, answers_of, federate, open_sites, tiny_simulation, tiny_study
 
+from client.app import reason_of
+from client.config import Budget, NpzData
+from client.dataset import load_site_data
+from client.ledger import Ledger
 from client.simulated import simulated_site, source_of
+from client.site import Site
 from common.accounting import Event, epsilon_of
-from common.errors import BudgetExhausted, ConfigError, DataError
-from common.messages import RoundTask, Upload
+from common.errors import BudgetExhausted, ConfigError, DataError, RoundAborted
+from common.messages import Refusal, RoundTask, Upload
 from common.signing import sign
+from common.study import Study
 from common.throwaway import coordinator_credentials
 from server.network import LoopbackNetwork, never
 
@@ -69,7 +78,7 @@ def test_an_answered_sum_is_never_trained_or_charged_again(tmp_path: Path) -> No
     assert same == [True] * 12  # four sites; a training and two evaluations each
     for name in sites:
         ledger = tmp_path / "sites" / "sites" / name / "ledgers" / "phantoms.jsonl"
-        assert len(ledger.read_text().splitlines()) == 1
+        assert len(Ledger(ledger, "phantoms", None).charges()) == 1
 
 
 def test_a_study_over_budget_is_refused_before_any_data_is_opened(
@@ -151,3 +160,101 @@ def test_a_site_refuses_more_sums_than_the_studys_epsilon_pays_for(tmp_path: Pat
     )
     assert greedy == [3, 4]
     assert summary["num_rounds"] == 3  # what was refused cost the sum in progress nothing
+
+
+class Opened:
+    """Names of files that this process opens; a hook can never be taken off again."""
+
+    def __init__(self) -> None:
+        self.names: list[str] | None = None
+        sys.addaudithook(self._note)
+
+    def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and self.names is not None:
+            self.names.append(str(arguments[0]))
+
+
+def refusing(sites: dict[str, Site]) -> dict[str, Any]:
+    """Answers as they leave a site: of a refusal, one word."""
+
+    def said(message: Any, answered: Any) -> Any:
+        try:
+            return answered(message)
+        except BudgetExhausted as error:
+            return Refusal(message.run, reason_of(error))
+
+    return {name: partial(said, answered=one) for name, one in answers_of(sites).items()}
+
+
+def sites_of_which_the_first_reads_a_file(
+    num_sites: int, folder: Path, budget: Budget
+) -> tuple[Study, dict[str, Site], Path]:
+    study = tiny_study(num_sites, privacy=PRIVACY)
+    sites = open_sites(study, folder)
+    file = folder / "images.npz"
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Any] = {}
+    for split, num in (("train", 14), ("val", 2), ("test", 2)):
+        arrays[f"{split}_images"] = rng.integers(0, 255, (num, 32, 32), np.uint8)
+        arrays[f"{split}_labels"] = np.arange(num) % 2
+        arrays[f"{split}_patients"] = np.array([f"{split}{k}" for k in range(num)])
+    np.savez(file, **arrays)
+    data = NpzData(name="phantoms", format="npz", root=file, patients=True)
+    first = sites["site-1"]
+    ledger = Ledger(first.home / "ledgers" / "phantoms.jsonl", "phantoms", budget)
+    load = partial(load_site_data, data, study)
+    sites["site-1"] = replace(first, ledger=ledger, load=load)
+    return study, sites, file
+
+
+def test_a_round_over_budget_opens_no_file_and_the_others_go_on(tmp_path: Path) -> None:
+    opened = Opened()
+    outcome = {}
+    for spent in (False, True):
+        folder = tmp_path / str(spent)
+        budget = Budget(epsilon=9.0, delta=1e-5)
+        study, sites, file = sites_of_which_the_first_reads_a_file(4, folder, budget)
+        if spent:  # another study used the data meanwhile
+            sites["site-1"].ledger.debit("other/study", 0, Event(1.0, 0.5, 7), num_rounds=1)
+        opened.names = []
+        summary = federate(
+            study, folder / "run", network=LoopbackNetwork(refusing(sites)), sites_in=folder
+        )
+        outcome[spent] = summary, str(file) in opened.names
+        opened.names = None
+    assert outcome[False][1]  # else the hook sees nothing
+    assert outcome[False][0]["survivors"] == [[f"site-{k}" for k in (1, 2, 3, 4)]] * 3
+    assert not outcome[True][1]
+    # The sum that it refused went on without it; the others paid for every round.
+    assert outcome[True][0]["survivors"] == [[f"site-{k}" for k in (2, 3, 4)]] * 3
+    assert "site-1" not in outcome[True][0]["privacy"]
+    line = json.loads((tmp_path / "True/run/rounds.jsonl").read_text().splitlines()[0])
+    assert line["refusals"] == {"site-1": "budget"}
+
+
+def test_three_sites_of_which_one_has_no_budget_left_end_cleanly(tmp_path: Path) -> None:
+    budget = Budget(epsilon=9.0, delta=1e-5)
+    study, sites, _ = sites_of_which_the_first_reads_a_file(3, tmp_path, budget)
+    sites["site-1"].ledger.debit("other/study", 0, Event(1.0, 0.5, 7), num_rounds=1)
+    network = LoopbackNetwork(refusing(sites))
+    expected = r"2 sites take part, 3 are needed; not there: site-1 \(its privacy budget is spent"
+    with pytest.raises(RoundAborted, match=expected):
+        federate(study, tmp_path / "run", network=network, sites_in=tmp_path)
+    assert not list((tmp_path / "run").glob("final*"))
+
+
+def test_a_study_without_privacy_is_refused_where_there_is_a_budget(tmp_path: Path) -> None:
+    study = tiny_study()
+    budget = {"epsilon": 2.0, "delta": 1e-5}
+    simulation = tiny_simulation(study).model_copy(update={"budget": budget})
+    with pytest.raises(BudgetExhausted, match="no differential privacy: what it costs data set"):
+        simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
+
+
+def test_a_study_without_privacy_is_a_charge_without_bound(tmp_path: Path) -> None:
+    study = tiny_study(num_rounds=1)
+    sites = open_sites(study, tmp_path)
+    federate(study, tmp_path / "run", network=LoopbackNetwork(answers_of(sites)), sites_in=tmp_path)
+    for site in sites.values():
+        assert site.ledger.spent(1e-5) == np.inf
+        assert len(site.ledger.charges()) == 1

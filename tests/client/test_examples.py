@@ -357,7 +357,7 @@ def without_test(source: Any) -> Any:
     """The same source with no image in its test split."""
     data = source.load()
     empty = Images(torch.empty(0, 1, 32, 32), torch.empty(0), ())
-    rest = SiteData(data.train, data.validation, empty, num_skipped=0)
+    rest = SiteData(data.train, data.validation, empty, num_skipped=0, contents=data.contents)
     return type(source)(source.data_name, source.num_units, source.budget, lambda: rest)
 
 

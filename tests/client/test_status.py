@@ -193,12 +193,26 @@ def test_the_ledger_says_what_every_run_cost_the_total_and_what_is_left(site: Lo
     site.books.contribute(0, run="34" * 16)
     each = Event(stated.noise_multiplier, stated.sampling_probability, stated.steps)
     after = [epsilon_of([each] * num, 1e-3) for num in (3, 4)]
+    in_the_end = epsilon_of([each] * 7, 1e-3)
     mechanism = "of 4 steps (noise multiplier 1.5, sampling probability 0.4)"
+    after_them = f"at delta 0.001 after them; {8 - in_the_end:.3g} of 8 left"
     assert site.run("ledger") == [
         f"data set xrays: run {RUN[:12]}, 3 sums {mechanism}; epsilon {after[0]:.3g} after it",
         f"data set xrays: run {'34' * 6}, 1 sum {mechanism}; epsilon {after[1]:.3g} after it",
         f"data set xrays: epsilon {after[1]:.3g} of 8 at delta 0.001; {8 - after[1]:.3g} left",
+        f"planned: study chests, 3 of 4 rounds left: epsilon {in_the_end:.3g} {after_them}",
     ]
+
+
+def test_the_ledger_says_that_a_planned_study_does_not_fit(site: Looked) -> None:
+    site.books.invited()
+    site.books.contribute(0)
+    planned = site.books.study.model_copy(update={"name": "longer", "num_rounds": 40})
+    file = site.home.parent / "longer.toml"
+    file.write_text(tomli_w.dumps(planned.as_table()))
+    last = site.run("ledger", "--study", str(file))[-1]
+    assert last.startswith("planned: study longer, 40 of 40 rounds left: epsilon ")
+    assert last.endswith("; DOES NOT FIT the budget of 8")
 
 
 def test_a_ledger_of_a_data_set_that_the_site_file_no_longer_names_is_shown_too(
@@ -207,13 +221,15 @@ def test_a_ledger_of_a_data_set_that_the_site_file_no_longer_names_is_shown_too(
     site.books.invited()
     site.books.contribute(0)
     site.books.ledger_file.rename(site.books.ledger_file.with_name("older.jsonl"))
-    last = site.run("ledger")[-1]
+    *_, last, _ = site.run("ledger")
     assert last.startswith("data set older: epsilon ")
     assert last.endswith("at delta 1e-05; no [budget] in the site file bounds it")
 
 
 def test_without_a_charge_the_ledger_says_so(site: Looked) -> None:
-    assert site.run("ledger") == [f"no ledger in {site.home / 'ledgers'}: nothing was ever charged"]
+    said = site.run("ledger")
+    assert said[0] == f"no ledger in {site.home / 'ledgers'}: nothing was ever charged"
+    assert said[1].startswith("planned: study chests, 4 of 4 rounds left")
 
 
 def test_intact_books_are_verified_with_lines_head_and_times(site: Looked) -> None:

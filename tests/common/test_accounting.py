@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
+from pathlib import Path
 
 import numpy as np
 import pytest
+from dp_accounting import GaussianDpEvent, PoissonSampledDpEvent
+from dp_accounting.pld import PLDAccountant
 from federation import tiny_study
+from opacus.accountants import create_accountant
 
+from client.ledger import Ledger
 from common.accounting import Event, epsilon_of, noise_multiplier_for
 from common.plan import plan_privacy, round_to_two_figures
 
@@ -35,10 +41,31 @@ def _random_events(num: int) -> list[Event]:
 
 
 @pytest.mark.slow
-def test_both_accountants_agree_within_one_percent_on_50_random_settings() -> None:
-    for event in _random_events(50):
+@pytest.mark.timeout(600)
+def test_both_accountants_agree_within_one_percent_on_200_random_settings() -> None:
+    for event in _random_events(200):
         one, other = (epsilon_of([event], 1e-5, name) for name in ("prv", "pld"))
         assert one == pytest.approx(other, rel=0.01), event
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")
+def test_a_ledger_of_50_different_rounds_is_what_two_libraries_make_of_it(tmp_path: Path) -> None:
+    """The ledger adds up by one of them; what it writes and reads back must change nothing."""
+    rounds = [Event(2 + e.noise_multiplier, e.sampling_probability, 8) for e in _random_events(50)]
+    ledger = Ledger(tmp_path / "xrays.jsonl", "xrays", None)
+    for number, event in enumerate(rounds):
+        ledger.debit(f"run {number % 7}", number, event, num_rounds=50)
+    spent = ledger.spent(1e-5)
+    second = PLDAccountant()
+    for event in rounds:
+        gaussian = GaussianDpEvent(event.noise_multiplier)
+        sampled = PoissonSampledDpEvent(event.sampling_probability, gaussian)
+        second.compose(sampled, count=event.steps)
+    assert spent == pytest.approx(second.get_epsilon(1e-5), rel=0.01)
+    third = create_accountant("prv")
+    third.history = [astuple(event) for event in rounds]
+    assert spent == pytest.approx(third.get_epsilon(delta=1e-5), rel=0.01)
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 3.0, 8.0])
@@ -81,3 +108,13 @@ def test_the_plan_of_a_site_follows_from_the_study_and_its_public_number() -> No
     assert 3.99 <= plan.epsilon_after(5) <= 4.0
     assert plan.epsilon_after(1) < plan.epsilon_after(4)
     assert plan_privacy(tiny_study(), 103) is None
+
+
+def test_the_rounds_that_a_budget_pays_for_fit_and_one_more_does_not() -> None:
+    privacy = {"noise_multiplier": 2.0, "delta": 1e-5, "example_clip_norm": 0.5}
+    plan = plan_privacy(tiny_study(num_rounds=5, privacy=privacy), 100)
+    assert plan is not None
+    rounds = plan.rounds_within(3.0)
+    assert 5 < rounds < 1000
+    assert plan.epsilon_after(rounds) <= 3.0 < plan.epsilon_after(rounds + 1)
+    assert plan.rounds_within(plan.epsilon_after(1) / 2) == 0

@@ -20,7 +20,9 @@ from permitted import FREE, Change, differences, is_signed, table_of
 from recorded import COORDINATOR, HERO, NUM_SITES, Recording, copied
 from resign import Hostile
 
+from client.contents import Contents
 from client.journal import Journal
+from client.ledger import LEDGERS, Ledger
 from client.round import answer
 from common.audit import AuditLog
 from common.errors import RemoteProtocolError
@@ -119,7 +121,11 @@ class SiteDoor(Door):
         )
         shutil.copytree(self._pristine, folder)
         self.site = replace(
-            site, journal=Journal(folder / "journal.sqlite"), state_dir=folder, load=_no_images
+            site,
+            journal=Journal(folder / "journal.sqlite"),
+            ledger=Ledger(folder / LEDGERS / "phantoms.jsonl", "phantoms", None),
+            state_dir=folder,
+            load=_no_images,
         )
         epoch, last = self.site.journal.epoch(), self.site.journal.sum()
         self.phase = epoch.phase if epoch else Phase.NEW
@@ -199,7 +205,10 @@ class SiteDoor(Door):
 
 def _no_images() -> Any:
     """What a stand-in for training and scoring never looks at."""
-    return SimpleNamespace(train=(), validation=(), test=(), to=lambda _: _no_images())
+    none = Contents("0" * 64, 0, frozenset())
+    return SimpleNamespace(
+        train=(), validation=(), test=(), contents=none, to=lambda _: _no_images()
+    )
 
 
 # The coordinator

@@ -33,6 +33,7 @@ from federation import tiny_study
 from protocol import Cast
 
 from client import round as round_of_site
+from client.contents import Contents
 from client.journal import Journal
 from client.ledger import Ledger
 from client.round import answer
@@ -152,7 +153,10 @@ class Federation(Cast):
     def _open(self, index: int) -> Site:
         name = self.study.site_names[index]
         state_dir = self.folder / "sites" / name
-        images = SimpleNamespace(train=None, validation=index, test=index)
+        images = SimpleNamespace(
+            train=None, validation=index, test=index, contents=Contents("0" * 64, 0, frozenset())
+        )
+        images.to = lambda _: images
         return Site(
             name=name,
             study=self.study,
@@ -163,7 +167,7 @@ class Federation(Cast):
             journal=quick_journal(state_dir),
             ledger=Ledger(state_dir / "ledgers" / "tiny.jsonl", "tiny", None),
             plan=None,
-            load=lambda: SimpleNamespace(to=lambda _: images),
+            load=lambda: images,
             state_dir=state_dir,
             home=state_dir,
             credentials=lambda: Credentials(self.identities[index], self.trust),

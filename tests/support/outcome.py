@@ -15,8 +15,7 @@ from typing import Any, Self
 
 from deployment import Consortium
 
-from client.books import read_charges
-from client.ledger import LEDGERS
+from client.ledger import LEDGERS, Ledger
 from client.site import AUDIT
 from common.audit import verify as verify_log
 from common.errors import FederationError
@@ -83,7 +82,8 @@ class Outcome:
 
 def charged(state_dir: Path) -> Charged:
     """What all of a site's data sets were charged."""
-    charges = [one for path in (state_dir / LEDGERS).glob("*.jsonl") for one in read_charges(path)]
+    ledgers = (Ledger(path, path.stem, None) for path in (state_dir / LEDGERS).glob("*.jsonl"))
+    charges = [one for ledger in ledgers for one in ledger.charges()]
     sums = tuple(sorted({one.sum_number for one in charges}))
     return Charged(len(charges), sums, sum(one.event.steps for one in charges))
 
