@@ -18,10 +18,11 @@ from typing import Any
 from client.config import Budget, Certificates, SiteConfig
 from client.hospital import STUDIES
 from client.journal import JOURNAL
-from client.ledger import LEDGERS, WITHOUT_PRIVACY, Charge, Ledger, charge_key
+from client.ledger import LEDGERS, WITHOUT_PRIVACY, Ledger, charge_key
 from client.site import AUDIT
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog, verify
+from common.charges import Charge, by_run
 from common.errors import DataError, RemoteProtocolError
 from common.identity import read_certificate, read_party
 from common.manifest import Manifest
@@ -107,7 +108,7 @@ def ledger_lines(config: SiteConfig) -> Iterator[str]:
         budget = config.budget if path == ledger_file(config) else None
         delta = budget.delta if budget else USUAL_DELTA
         sofar: list[Event] = []
-        for run, charges in _runs(Ledger(path, path.stem, None).charges()):
+        for run, charges in by_run(Ledger(path, path.stem, None).charges()).items():
             sofar += [charge.event for charge in charges]
             yield (
                 f"data set {path.stem}: run {run[:SHORT]}, {_describe(charges)}; epsilon "
@@ -129,12 +130,6 @@ def spent_line(path: Path, budget: Budget | None) -> str:
         return f"{head} at delta {delta:g}; no [budget] in the site file bounds it"
     left = max(0.0, budget.epsilon - spent)
     return f"{head} of {budget.epsilon:g} at delta {delta:g}; {left:.3g} left"
-
-
-def _runs(charges: list[Charge]) -> list[tuple[str, list[Charge]]]:
-    """Charges by run, in the order of each run's first."""
-    runs = dict.fromkeys(charge.run for charge in charges)
-    return [(run, [one for one in charges if one.run == run]) for run in runs]
 
 
 def _describe(charges: list[Charge]) -> str:
@@ -166,14 +161,19 @@ def audit_lines(config: SiteConfig) -> Iterator[str]:
     yield f"head {found.head}"
     if found.num_lines:
         yield f"times {found.first_time} to {found.last_time}"
-    statements = list(_last_statements(config.state_dir))
+    statements = list(last_statements(config.state_dir))
     for statement in statements:
         yield _check_stated(statement, config)
     if not statements:
         yield "no signed statement is kept here: lines cut off the end would not be noticed"
 
 
-def _last_statements(home: Path) -> Iterator[Statement]:
+def last_statements(home: Path) -> Iterator[Statement]:
+    """What this site stated last in each private study.
+
+    Raises:
+      DataError: A journal cannot be read.
+    """
     for folder in sorted((home / STUDIES).glob("*")):
         kept = read_journal(folder)
         if kept and kept.statement:

@@ -111,6 +111,21 @@ def ledger(
         print(line, flush=True)
 
 
+@app.command()
+def report(
+    context: typer.Context,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; without it, privacy-report in the state folder.")
+    ] = None,
+) -> None:
+    """Write and sign this hospital's own privacy report; it stays here."""
+    from client.privacy_report import FOLDER, write_site_report
+
+    config: SiteConfig = context.obj
+    folder = out or config.state_dir / FOLDER
+    print(write_site_report(config, folder, lambda: datetime.now(UTC)))
+
+
 @audit_app.command()
 def verify(context: typer.Context) -> None:
     """Check every line of the audit log; exit 3 names the first that is wrong."""

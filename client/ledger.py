@@ -14,15 +14,15 @@ import fcntl
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from client.config import Budget
 from client.contents import Contents, Patients
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog
+from common.charges import DEBIT, Charge, read_charges
 from common.disk import is_full
 from common.errors import BudgetExhausted, DataError
 
@@ -37,16 +37,6 @@ def charge_key(run: str, study: str) -> str:
     run of that name in every approved study.
     """
     return f"{run}/{study}"
-
-
-@dataclass(frozen=True)
-class Charge:
-    """One debit."""
-
-    run: str  # see ``charge_key``
-    sum_number: int
-    event: Event
-    time: str  # ISO 8601, UTC
 
 
 class Ledger:
@@ -95,7 +85,7 @@ class Ledger:
                     f"{self._data_name}, as many as its epsilon pays for; start a new run"
                 )
             self.check([event], f"sum {sum_number}")
-            self._append("debit", run=run, sum=sum_number, **asdict(event))
+            self._append(DEBIT, run=run, sum=sum_number, **asdict(event))
 
     def opened(self, contents: Contents) -> None:
         """Record what was read of the data set, before it is used.
@@ -107,7 +97,7 @@ class Ledger:
         """
         with self._alone():
             Patients(self._path.parent).claim(self._data_name, contents.units)
-            before = [line["digest"] for line in self._lines() if line["event"] == "data"]
+            before = [line["digest"] for line in self._log.entries() if line["event"] == "data"]
             if before[-1:] != [contents.digest]:
                 self._append("data", digest=contents.digest, images=contents.num_images)
 
@@ -145,13 +135,7 @@ class Ledger:
         Raises:
           DataError: A line is damaged.
         """
-        try:
-            return [_charge(line) for line in self._lines() if line["event"] == "debit"]
-        except (DataError, ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"ledger {self._path.name} is damaged: what was spent is unknown; restore it from "
-                f"a backup, or let the data owner close this data set ({error})"
-            ) from None
+        return read_charges(self._path)
 
     def head(self) -> str:
         """The hash of the last line: what stands for this ledger in a statement; 64 hex digits."""
@@ -160,9 +144,6 @@ class Ledger:
     def holds(self, head: str) -> bool:
         """Whether this was ever the head: not so after a cut or a return to an older copy."""
         return self._log.holds(head)
-
-    def _lines(self) -> Iterator[dict[str, Any]]:
-        return self._log.entries()
 
     def _append(self, event: str, **facts: str | float) -> None:
         """Write one line whole or not at all: half of one would close this data set."""
@@ -186,10 +167,3 @@ class Ledger:
             yield
         finally:
             os.close(lock)
-
-
-def _charge(line: dict[str, Any]) -> Charge:
-    event = Event(
-        float(line["noise_multiplier"]), float(line["sampling_probability"]), int(line["steps"])
-    )
-    return Charge(str(line["run"]), int(line["sum"]), event, str(line["time"]))

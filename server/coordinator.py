@@ -140,7 +140,8 @@ def run(
     """
     if done := run_dir.summary():
         if not run_dir.is_sealed:
-            run_dir.seal()  # the last step of a run, and the only one a crash may have left out
+            # The last step of a run, and the only one a crash may have left out.
+            run_dir.seal(credentials.identity)
         return done
     heads = heads or Heads(run_dir.path)
     this = Coordinator(study, network, run_dir, observer, credentials, heads)
@@ -254,7 +255,7 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     this.run_dir.save_summary(summary)
     this.run_dir.drop_pending()
     this.audit.append("finished", study=this.study.name, final_model=digest)
-    this.run_dir.seal()
+    this.run_dir.seal(this.exchange.credentials.identity)
     return summary
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,13 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from common import privacy_report
 from common.audit import verify as verify_log
 from common.errors import ConfigError, DataError, FederationError, RemoteProtocolError
+from common.identity import Certified
 from common.models.build import build_network
+from common.privacy_report.texts import Texts
+from common.seal import SIGNATURE, SUMS, check_files, check_signature_of, read_sums
 from common.simulation import STUDY
 from server.global_model import averaged_model, moving_average
 from server.reporting.facts import facts_of
@@ -28,9 +31,10 @@ from server.reporting.figures import draw_pictures
 from server.reporting.overlays import draw_overlays
 from server.reporting.page import render
 from server.reporting.phantoms import draw_phantoms
+from server.reporting.privacy import privacy_facts
 from server.reporting.record import Record, read_record
 from server.reporting.statements import check_statements
-from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, SUMMARY, SUMS, RunDir
+from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, SUMMARY, RunDir
 from server.transcript import TRANSCRIPT
 
 HTML, JSON = "report.html", "report.json"
@@ -69,7 +73,18 @@ def write_report(folder: Path) -> Path:
     page = render(facts, record.study, pictures, overlays)
     (folder / JSON).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / HTML).write_text(page, encoding="utf-8")
+    write_privacy_report(record)
     return folder / HTML
+
+
+def write_privacy_report(record: Record) -> None:
+    """Write what a data-protection officer files: ``privacy-report.html`` and ``.json``."""
+    folder, texts = record.run_dir.path, Texts()
+    facts = privacy_facts(record, texts)
+    (folder / privacy_report.JSON).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / privacy_report.HTML).write_text(
+        privacy_report.render(facts, texts, folder), encoding="utf-8"
+    )
 
 
 @dataclass(frozen=True)
@@ -90,8 +105,10 @@ def verify(folder: Path) -> Verified:
     """
     run_dir = RunDir(folder)
     digests = digests_of(run_dir)
+    signer = check_signature_of(folder)
     check_files(folder, digests)
     record = read_record(run_dir, digests)
+    check_signer(signer, record)
     check_record(record)
     try:
         num_statements = check_statements(record)
@@ -112,31 +129,12 @@ def digests_of(run_dir: RunDir) -> dict[str, str]:
     if not sums.exists():
         done = f"{len(run_dir.rounds())} of {run_dir.study().num_rounds} rounds are recorded"
         raise ConfigError(f"{folder}: the run is not finished ({done}); finish it with --resume")
-    digests = {}
-    for number, line in enumerate(sums.read_text(encoding="utf-8").splitlines(), start=1):
-        found = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
-        if found is None:
-            raise FederationError(f"{SUMS}: line {number} is not a SHA-256 and a file name")
-        digests[found.group(2)] = found.group(1)
+    digests = read_sums(folder)
     manifests = [f"epoch-{number}.json" for number in run_dir.epochs()]
     for name in (*REQUIRED, *(manifests or ["epoch-1.json"])):
         if name not in digests:
             raise FederationError(f"{name} is not listed in {SUMS}; a finished run lists it")
     return digests
-
-
-def check_files(folder: Path, digests: dict[str, str]) -> None:
-    """Refuse a folder in which a file is missing or is not the one that was recorded."""
-    for name, recorded in digests.items():
-        if not (folder / name).is_file():
-            raise FederationError(f"{name} is missing; restore it, {SUMS} lists it")
-        with (folder / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != recorded:
-            raise FederationError(
-                f"{name} differs: its SHA-256 is {found[:12]}..., {SUMS} has {recorded[:12]}...; "
-                "restore the file that the run wrote"
-            )
 
 
 def check_record(record: Record) -> None:
@@ -160,6 +158,20 @@ def check_record(record: Record) -> None:
             raise FederationError(
                 f"{SUMMARY}: {what} is {str(recorded)[:80]}, {file} gives {str(computed)[:80]}; "
                 "the files are not of one run, or another version of this program wrote them"
+            )
+
+
+def check_signer(signer: Certified, record: Record) -> None:
+    """Refuse a list of digests that the run's coordinator did not sign.
+
+    Raises:
+      FederationError: Another party signed it.
+    """
+    for manifest in record.manifests:
+        if signer.fingerprint != manifest.coordinator:
+            raise FederationError(
+                f"{SIGNATURE}: signed with key {signer.fingerprint[:12]}..., the coordinator of "
+                f"epoch {manifest.epoch} has {manifest.coordinator[:12]}..."
             )
 
 

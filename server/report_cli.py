@@ -56,8 +56,20 @@ def write(run_dir: RunFolder) -> None:
 
 @app.command()
 def verify(run_dir: RunFolder) -> None:
-    """Check files, signatures, audit log, figures and epsilon again; exit 1 names the file."""
+    """Check files, signatures, audit log, figures and epsilon again; exit 1 names the file.
+
+    Also the folder of a hospital's own privacy report.
+    """
+    from common.privacy_report import site_folder
     from server.report import verify as verify_run
+
+    if site_folder.is_site_folder(run_dir):
+        own = site_folder.verify(run_dir)
+        typer.echo(
+            f"verified: {own.num_files} files, {own.num_charges} charges, {own.num_statements} "
+            f"signed statements; epsilon recomputed; signed by {own.signer}, key {own.key}"
+        )
+        return
 
     found = verify_run(run_dir)
     typer.echo(

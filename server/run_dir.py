@@ -7,7 +7,6 @@ is written again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,10 +22,12 @@ from common.config import load
 from common.disk import hold_lock, remove_leftovers, replace_file, replacing
 from common.errors import ConfigError
 from common.evidence import FILE as EVIDENCE
+from common.identity import Identity
 from common.manifest import Manifest
 from common.messages import Agreement, Message, Roster
 from common.models.flat import Schema
 from common.record import as_table, from_table
+from common.seal import SUMS, digest_of, seal
 from common.simulation import SIMULATION, STUDY, Simulation
 from common.statement import Statement
 from common.study import Study
@@ -46,9 +47,9 @@ EVALUATIONS = "evaluations.jsonl"
 PRIVACY = "privacy"
 SUMMARY = "summary.json"
 FINAL = "final.safetensors"
-SUMS = "SHA256SUMS"
 AUDIT = "audit.jsonl"
 LOCK = ".lock"
+REPORTS = ("report", "privacy-report", "attacks")  # made of a finished run: no part of it
 SUPERLINK = ".superlink"  # what Flower's process writes; gone at the end of a run
 
 
@@ -291,7 +292,7 @@ class RunDir:
     ) -> str:
         """Write the returned model, its frozen part too, without metadata; its file's SHA-256."""
         write_tensors(self.path / FINAL, {**schema.split(model), **kept})
-        return _digest_of(self.path / FINAL)
+        return digest_of(self.path / FINAL)
 
     def final_model(self) -> dict[str, NDArray[np.float32]]:
         """The returned model by parameter name."""
@@ -315,16 +316,16 @@ class RunDir:
         """Whether the list of digests was written."""
         return (self.path / SUMS).exists()
 
-    def seal(self) -> None:
-        """List every file of the run with its SHA-256; ``sha256sum -c SHA256SUMS`` checks it."""
-        files = sorted(p for p in self.path.rglob("*") if p.is_file() and p.name[0] != ".")
-        lines = [
-            f"{_digest_of(file)}  {file.relative_to(self.path)}\n"
+    def seal(self, identity: Identity) -> None:
+        """List every file of the run with its SHA-256, signed by the coordinator."""
+        files = (p for p in self.path.rglob("*") if p.is_file() and p.name[0] != ".")
+        listed = [
+            file
             for file in files
             if file.relative_to(self.path).parts[0] not in (CA, SITES, SUPERLINK)
-            and file.stem not in ("report", SUMS)
+            and file.stem not in (*REPORTS, SUMS)
         ]
-        self._write(SUMS, "".join(lines).encode())
+        seal(self.path, listed, identity)
 
     # Writing
 
@@ -334,12 +335,6 @@ class RunDir:
     def _write(self, name: str, content: bytes) -> None:
         # A record to be shared; the folder's own mode says who comes near it.
         replace_file(self.path / name, content, mode=0o644)
-
-
-def _digest_of(path: Path) -> str:
-    """A file's SHA-256; the file is never in memory as a whole."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_statements(file: Path) -> list[Statement]:

@@ -7,12 +7,13 @@ from statistics import median
 from typing import Any, Final
 
 from common.errors import FederationError
+from common.seal import SUMS
 from common.simulation import STUDY, Simulation
 from common.study import DifferentialPrivacy, NoPrivacy, Segmentation, Study
 from server.reporting.classes import figures_by_class
 from server.reporting.record import Facts, Record
 from server.reporting.seen import seen_by_coordinator
-from server.run_dir import SUMMARY, SUMS
+from server.run_dir import SUMMARY
 
 MIN_SUPPORT: Final = 30  # test images of a class; with fewer, one image moves recall by over 3 %
 MIN_IMAGES: Final = 10  # test images with masks; pixels are many, but those of one image are alike

@@ -9,6 +9,7 @@ import jinja2
 import tomli_w
 from markupsafe import Markup
 
+from common.privacy_report.page import TEMPLATES as STYLE
 from common.study import Study
 from common.tasks.classification import NUM_BINS
 from server.reporting.facts import MIN_IMAGES, MIN_SUPPORT
@@ -57,7 +58,7 @@ def render(
 
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=jinja2.FileSystemLoader([Path(__file__).parent / "templates", STYLE]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -10,7 +10,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from common.accounting import Event, epsilon_of
+from common.accounting import AGREEMENT, Event, epsilon_of, second_opinion
 from common.errors import FederationError, RemoteProtocolError
 from common.identity import read_certified
 from common.plan import plan_privacy
@@ -45,7 +45,17 @@ def check_statements(record: Record) -> int:
         trained = sorted(line["sum"] for line in record.rounds if site in line["survivors"])
         for one in statements:
             _check_spent(one, record, sum(number <= one.sum_number for number in trained))
+        if statements:
+            _check_by_the_other(statements[-1])
     return sum(map(len, stated.values()))
+
+
+def _check_by_the_other(one: Statement) -> None:
+    """Refuse an epsilon that another library does not find."""
+    event = Event(one.noise_multiplier, one.sampling_probability, one.steps)
+    other = second_opinion([event], one.delta)
+    if not math.isclose(one.epsilon, other, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
+        raise _wrong(one, f"epsilon is {one.epsilon:.4g}, the other accountant has {other:.4g}")
 
 
 def _check_complete(line: dict[str, Any], stated: dict[str, list[Statement]]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sealed import coordinator_of, seal_again
 
 from client.config import PhantomData
 from client.prepare import prepare
@@ -37,6 +38,7 @@ from common.phantom import draw_patient, scanner_of_site
 from common.simulation import Simulation
 from common.study import Input, Study
 from common.tasks import task_of
+from common.throwaway import issue_identities
 from server import report_cli
 from server.epoch import Epoch
 from server.exchange import utc_now
@@ -84,7 +86,7 @@ class Made:
         return json.loads((self.path / "report.json").read_text())
 
     def seal_again(self) -> None:
-        RunDir(self.path).seal()
+        seal_again(self.path)
 
 
 def study_of(labels="binary", classes=None, **settings) -> Study:
@@ -119,11 +121,11 @@ def draw_counts(study: Study, num_images: int, seed: int, *, only_class: int | N
     return task_of(study).counts(outputs, targets)
 
 
-def opened(study: Study) -> Epoch:
+def opened(study: Study, coordinator: str) -> Epoch:
     """An epoch of everybody, whose keys are not looked at."""
     keyed = [KeyedMember(name=site, key=f"{k:064x}") for k, site in enumerate(SITES)]
     opening = Opening(
-        run="0" * 32, epoch=1, members=tuple(keyed), coordinator="f" * 64,
+        run="0" * 32, epoch=1, members=tuple(keyed), coordinator=coordinator,
         valid_from=0, valid_until=1, nonce="1" * 32,
     )  # fmt: skip
     schema, task = build_network(study).schema, task_of(study)
@@ -179,7 +181,8 @@ def make_run(
     run_dir = RunDir.open(path, study, simulation, resume=False)
     network, task = build_network(study), task_of(study)
     model = network.vector()
-    run_dir.save_epoch(opened(study))
+    issue_identities(path, SITES)
+    run_dir.save_epoch(opened(study, coordinator_of(path).fingerprint))
     speak(path, [SITES, MOST, SITES, test_sites], masked or random_bodies())
     counts = [draw_counts(study, 90, seed) for seed in range(3)]
     validation = [json.loads(json.dumps(task.figures(known))) for known in counts]
@@ -222,7 +225,7 @@ def make_run(
     }
     run_dir.save_summary(summary)
     AuditLog(run_dir.path / AUDIT, utc_now).append("started")
-    run_dir.seal()
+    seal_again(path)
     return Made(path, study, summary)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from federation import federate, tiny_study
 from PIL import Image
+from sealed import seal_again
 
 from common.audit import AuditLog
 from common.errors import FederationError
@@ -86,12 +87,12 @@ class Run:
         summary["metrics"]["final"] = task.figures(counts)
         run_dir.save_counts("test", counts)
         run_dir.save_summary(summary)
-        run_dir.seal()
+        seal_again(self.path)
 
     def deploy(self) -> None:
         """Make it the record of a run in which no site was simulated."""
         (self.path / "simulation.toml").unlink()
-        RunDir(self.path).seal()
+        seal_again(self.path)
 
 
 def decoded(uri: str) -> Image.Image:
@@ -152,7 +153,7 @@ def test_a_summary_that_disagrees_with_the_pixels_is_refused(figure, value, run)
     summary["metrics"]["final"][figure] = value
     run_dir.save_summary(summary)
     AuditLog(run_dir.path / AUDIT, utc_now).append("started")
-    run_dir.seal()
+    seal_again(run.path)
     for act in (write_report, verify):
         with pytest.raises(FederationError, match=rf"{figure} \(test\) is .* counts/test\.npy"):
             act(run.path)

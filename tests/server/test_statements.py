@@ -1,6 +1,5 @@
 """Signed privacy statements of a run, checked again from its files alone."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,12 +8,13 @@ from typing import Any
 
 import pytest
 from federation import federate, tiny_study
+from sealed import seal_again
 
 from common.accounting import Event, epsilon_of
 from common.errors import FederationError
 from common.identity import Identity
 from common.statement import Statement
-from server.report import digests_of, verify
+from server.report import verify
 from server.run_dir import RunDir
 
 PRIVACY = {"epsilon": 8.0, "delta": 1e-5, "example_clip_norm": 0.5, "randomness": "seeded"}
@@ -35,19 +35,12 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def listed_again(folder: Path) -> None:
-    """Whoever changes a file changes the list of digests too."""
-    names = digests_of(RunDir(folder))
-    lines = (f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in names)
-    (folder / "SHA256SUMS").write_text("".join(lines))
-
-
 def change(folder: Path, how: Change) -> None:
     statements = json.loads((folder / FILE).read_text())
     key = folder / "sites" / "site-2"
     how(statements, Identity.load(key / "certificate.pem", key / "key.pem"))
     (folder / FILE).write_text(json.dumps(statements))
-    listed_again(folder)
+    seal_again(folder)
 
 
 def signed_again(number: int, **changes: Any) -> Change:
@@ -115,7 +108,7 @@ def test_a_changed_statement_is_named(how: Change, said: str, run: Path) -> None
 def test_a_line_taken_out_of_the_audit_log_is_found(run: Path) -> None:
     lines = (run / "audit.jsonl").read_text().splitlines(keepends=True)
     (run / "audit.jsonl").write_text("".join(lines[:3] + lines[4:]))
-    listed_again(run)
+    seal_again(run)
     with pytest.raises(FederationError, match=r"audit\.jsonl.*line 4") as refused:
         verify(run)
     assert refused.value.exit_code == 1

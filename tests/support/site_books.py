@@ -100,7 +100,8 @@ class Books:
             ledger=ledger.head(),
         ).signed(self.identity)
         self._keep(stated, unmasked=unmasked)
-        self.audit.append("sent", type="Upload", run=run, sum_number=sum_number)
+        facts = {"type": "Upload", "bytes": 812, "digest": HEX, "run": run}
+        self.audit.append("sent", peer="coordinator", **facts, sum_number=sum_number)
         return stated
 
     def _keep(self, stated: Statement, *, unmasked: bool) -> None:
