@@ -23,7 +23,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from client.convolution import Convolution
-from client.layer_gradients import GroupNorm, Kept, Layer, LayerNorm, Linear, PReLU, Weighted
+from client.layer_gradients import (
+    Embedding,
+    GroupNorm,
+    Kept,
+    Layer,
+    LayerNorm,
+    Linear,
+    PReLU,
+    Weighted,
+)
 from client.units import Grouping, Units, factors_of, physical_batches, squares_of
 from common.errors import ConfigError
 from common.models.flat import FlatNetwork
@@ -44,6 +53,7 @@ KINDS: dict[type[nn.Module], type[Layer]] = {
     nn.InstanceNorm3d: GroupNorm,
     nn.LayerNorm: LayerNorm,
     nn.PReLU: PReLU,
+    nn.Embedding: Embedding,
 }
 
 

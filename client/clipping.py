@@ -11,16 +11,18 @@ Source: Abadi et al. (2016), Deep Learning with Differential Privacy.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from client.bookkeeping import BookKeepingEngine
+from client.opacus_engine import OpacusEngine
 from client.units import Units
 from common.errors import ConfigError
 from common.models.flat import FlatNetwork
+from common.study import Engine
 from common.tasks import Loss
 
 TOLERANCE = 1e-9  # of the start-up check, in float64
@@ -32,6 +34,12 @@ class ClippingEngine(Protocol):
     def clipped_sum(self, units: Units, loss: Loss, clip_norm: float) -> Tensor:
         """Sum over units of their clipped mean gradient, shape (num_params,)."""
         ...
+
+
+ENGINES: dict[Engine, Callable[[FlatNetwork], ClippingEngine]] = {
+    "book-keeping": BookKeepingEngine,
+    "opacus": OpacusEngine,
+}
 
 
 def by_brute_force(module: nn.Module, units: Units, loss: Loss, clip_norm: float) -> Tensor:
@@ -54,10 +62,13 @@ def by_brute_force(module: nn.Module, units: Units, loss: Loss, clip_norm: float
     return total
 
 
-def check_engine(network: FlatNetwork, shape: Sequence[int], loss: Loss, targets: Tensor) -> None:
+def check_engine(
+    name: Engine, network: FlatNetwork, shape: Sequence[int], loss: Loss, targets: Tensor
+) -> None:
     """Two made-up patients through the engine and by brute force, before data is opened.
 
     Args:
+      name: The study's engine.
       network: The site's own network.
       shape: Of one image, (channels, ...).
       loss: The study's loss.
@@ -71,16 +82,15 @@ def check_engine(network: FlatNetwork, shape: Sequence[int], loss: Loss, targets
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randn((3, *shape), generator=generator, dtype=torch.float64)
     units = Units(pixels.to(network.values.device), targets, sizes=(1, 2))
-    engine: ClippingEngine = BookKeepingEngine(
-        FlatNetwork(module, network.values.device, dtype=torch.float64)
-    )
+    flat = FlatNetwork(module, network.values.device, dtype=torch.float64)
+    engine = ENGINES[name](flat)
     exact = by_brute_force(module, units, loss, clip_norm=1e-3)
     ours = engine.clipped_sum(units, loss, clip_norm=1e-3)
     error = float((ours - exact).abs().max() / exact.abs().max().clamp_min(1e-300))
     # Two clipped units: what they add up to is bounded whatever both of the above say.
     if not error <= TOLERANCE or float(ours.norm()) > 2e-3 * (1 + TOLERANCE):
         raise ConfigError(
-            f"the clipping engine differs from brute force on this model (relative error "
+            f"the clipping engine {name} differs from brute force on this model (relative error "
             f"{error:.1e}, at most {TOLERANCE:.0e}); differential privacy would not hold, so "
             "nothing is trained"
         )

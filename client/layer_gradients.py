@@ -20,6 +20,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor, nn
 
 from client.units import Grouping
+from common.errors import ConfigError
 
 Kept = tuple[Tensor, ...]
 Parts = Iterator[tuple[slice | Tensor, Tensor]]  # some units, and (as many, *shape)
@@ -230,6 +231,42 @@ class LayerNorm(Layer):
 
     def _added(self, each: Tensor, grouping: Grouping) -> Tensor:
         return grouping.add_up(each.reshape(len(each), -1, *self._shape).sum(dim=1))
+
+
+class Embedding(Layer):
+    """A row of the weight for each number of the input."""
+
+    def __init__(self, module: nn.Embedding) -> None:
+        super().__init__(module)
+        if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+            raise ConfigError(
+                "model: an Embedding with max_norm, scale_grad_by_freq or sparse: what one patient "
+                "adds to its weight depends on others; leave these out"
+            )
+        self._weight, self._padding = module.weight, module.padding_idx
+
+    def forward(self, inputs: Tensor) -> tuple[Tensor, Kept]:
+        """See ``Layer``."""
+        return F.embedding(inputs, self._weight, self._padding), ()
+
+    def backward(self, inputs: Tensor, gradient: Tensor, kept: Kept) -> Tensor:
+        """Whole numbers have no gradient: nobody asks for one."""
+        del gradient, kept
+        return torch.zeros_like(inputs)
+
+    def each(
+        self, inputs: Tensor, gradient: Tensor, kept: Kept, grouping: Grouping
+    ) -> dict[str, Tensor]:
+        """See ``Layer``."""
+        del kept
+        num_rows, width = self._weight.shape
+        made = gradient.new_zeros((grouping.num_units * num_rows, width))
+        unit_of = grouping.unit_of.view(-1, *[1] * (inputs.ndim - 1))
+        made.index_add_(0, (unit_of * num_rows + inputs).flatten(), gradient.reshape(-1, width))
+        rows = made.view(grouping.num_units, num_rows, width)
+        if self._padding is not None:
+            rows[:, self._padding] = 0  # that row is never trained
+        return {"weight": rows}
 
 
 class PReLU(Layer):

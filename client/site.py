@@ -245,6 +245,6 @@ def check_private_training(site: Site, plan: PrivacyPlan, budget: Budget | None)
     check_layers(site.network.module)
     shape = (site.study.input.channels, *site.study.input.size)
     targets = site.task.made_up_targets(3).to(site.network.values.device)
-    check_engine(site.network, shape, site.task.local_loss(None), targets)
+    check_engine(plan.terms.engine, site.network, shape, site.task.local_loss(None), targets)
     if site.journal.epoch() is None:  # a run that goes on is checked sum by sum
         site.ledger.check([plan.event] * plan.num_rounds, f"study {site.study.name}")

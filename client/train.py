@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.augment import augment
-from client.bookkeeping import BookKeepingEngine
+from client.clipping import ENGINES
 from client.dataset import Samples
 from client.images import Batch, Scans
 from client.noise import Keystream
@@ -186,7 +186,7 @@ def train_privately(
     optimizer = _optimizer(network, training, rate)
     loss_of = task.local_loss(None)
     start = _start(network, training)
-    engine = BookKeepingEngine(network)
+    engine = ENGINES[plan.terms.engine](network)
     members = _members(images, plan.terms.unit)
     clip_norm = plan.terms.example_clip_norm
     scale = plan.event.noise_multiplier * clip_norm

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from federation import PHANTOMS, answers_of, federate, open_sites, tiny_simulation, tiny_study
+from safetensors.numpy import load_file
 
 from client.app import reason_of
 from client.config import Budget, NpzData
@@ -48,6 +49,17 @@ def test_a_seeded_private_study_gives_the_same_model_and_the_stated_epsilon(
         event = Event(site["noise_multiplier"], site["sampling_probability"], site["steps"])
         assert site["epsilon"] == epsilon_of([event], 1e-5)
         assert 7.9 <= site["epsilon"] <= 8.0
+
+
+def test_both_engines_give_a_model_of_the_same_promise(tmp_path: Path) -> None:
+    models = {}
+    for engine in ("book-keeping", "opacus"):
+        study = tiny_study(num_rounds=1, privacy={**PRIVACY, "engine": engine})
+        summary = federate(study, tmp_path / engine)
+        models[engine] = load_file(tmp_path / engine / "final.safetensors"), summary["privacy"]
+    ours, theirs = (models[name][0] for name in ("book-keeping", "opacus"))
+    assert all(np.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
+    assert models["book-keeping"][1] == models["opacus"][1]
 
 
 def test_randomness_of_the_operating_system_gives_other_weights_and_the_same_epsilon(

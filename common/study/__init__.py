@@ -13,7 +13,7 @@ from common.study.model import (
     ResNet18,
     Unet,
 )
-from common.study.privacy import DifferentialPrivacy, NoPrivacy, Privacy
+from common.study.privacy import DifferentialPrivacy, Engine, NoPrivacy, Privacy
 from common.study.study import MIN_SITES, Deadlines, Member, Name, Study
 from common.study.task import Classification, Segmentation
 from common.study.training import (
@@ -40,6 +40,7 @@ __all__ = [
     "DenseNet121",
     "DifferentialPrivacy",
     "EfficientNetB0",
+    "Engine",
     "FedAdaptive",
     "FedAvg",
     "FedAvgM",

@@ -9,6 +9,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from common.config import Frozen
 from common.study.training import Count, Positive
 
+Engine = Literal["book-keeping", "opacus"]
+
 
 class NoPrivacy(Frozen):
     """A study without differential privacy; its report says so on the first line."""
@@ -26,6 +28,7 @@ class DifferentialPrivacy(Frozen):
     example_clip_norm: Positive  # L2 norm of one unit's gradient
     max_images_per_patient: Count = 1  # images, or patches, of one patient in one step
     randomness: Literal["os", "seeded"] = "os"
+    engine: Engine = "book-keeping"  # how gradients are clipped; "opacus" is slower
 
     @model_validator(mode="after")
     def _check_privacy(self) -> DifferentialPrivacy:

@@ -28,6 +28,18 @@ class Tokens(nn.Module):
         return images.flatten(2).mT
 
 
+class Looked(nn.Module):
+    """A row of a table for each pixel, by its value."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, images: Tensor) -> Tensor:
+        numbers = (images.detach() * 3).long() % self.table.num_embeddings
+        return images + self.table(numbers).mean(dim=-1)
+
+
 class Twice(nn.Module):
     """One layer goes twice over what it made; under two names, too."""
 
@@ -111,6 +123,8 @@ KINDS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
             "linear with positions": lambda: nn.Sequential(Tokens(), nn.Linear(CHANNELS, 5)),
             "linear": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 9)),
             "layer norm": lambda: nn.Sequential(Tokens(), nn.LayerNorm(CHANNELS)),
+            "embedding": lambda: Looked(nn.Embedding(7, 3)),
+            "embedding with a padding row": lambda: Looked(nn.Embedding(7, 3, padding_idx=2)),
             "called twice": lambda: Twice(conv()),
             "transpose called twice": lambda: Twice(transposed()),
             "two with one weight": lambda: Tied(conv(), conv()),
@@ -321,3 +335,9 @@ def test_a_subclass_may_compute_something_else_and_is_refused() -> None:
         layers_of(Other(2, 2))
     assert isinstance(next(iter(layers_of(nn.Linear(2, 2)).values())), Linear)
     assert isinstance(next(iter(layers_of(conv()).values())), Convolution)
+
+
+@pytest.mark.parametrize("setting", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}])
+def test_an_embedding_that_couples_patients_is_refused(setting: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="an Embedding with max_norm"):
+        BookKeepingEngine(network_of(Looked(nn.Embedding(7, 3, **setting)), 2))

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from federation import tiny_study
-from opacus.grad_sample import GradSampleModule
 from torch import Tensor, nn
 
 from client.bookkeeping import BookKeepingEngine
 from client.clipping import by_brute_force, check_engine, check_layers
+from client.opacus_engine import OpacusEngine
 from client.units import Units, factors_of, squares_of
 from common.errors import ConfigError
 from common.models.build import build_network
@@ -155,19 +155,32 @@ def test_physical_batches_do_not_cut_a_patient_in_two() -> None:
     assert _relative_error(small.clipped_sum(units, _loss(), 0.01), whole) <= 1e-12
 
 
-@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # torch's, of Opacus' hooks
 @pytest.mark.parametrize("title", ["cnn", "cnn, tanh, max", "unet", "unet in 3D"])
-def test_the_engine_equals_opacus_where_that_is_right(title: str) -> None:
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), RAGGED], ids=["images", "patients"])
+def test_the_engine_equals_opacus_where_that_is_right(title: str, sizes: tuple[int, ...]) -> None:
     study = _study(title)
     network, loss = _double(build_network(study).module), task_of(study).local_loss(None)
-    units, clip_norm = _made_up(study, (1, 1, 1, 1)), 1e-2
+    units, clip_norm = _made_up(study, sizes), 1e-2
     ours = BookKeepingEngine(network).clipped_sum(units, loss, clip_norm)
-    hooked = GradSampleModule(network.module.train(), loss_reduction="sum")
-    each = torch.func.vmap(loss)(hooked(units.pixels)[:, None], units.targets[:, None])
-    each.sum().backward()
-    rows = torch.cat([p.grad_sample.flatten(1) for p in network.module.parameters()], dim=1)
-    factors = (clip_norm / rows.norm(dim=1)).clamp(max=1.0)
-    assert _relative_error(ours, factors @ rows) <= 1e-12
+    theirs = OpacusEngine(network).clipped_sum(units, loss, clip_norm)
+    assert _relative_error(ours, theirs) <= 1e-12
+    # Nothing of Opacus stays behind: the engine may be used beside plain training.
+    assert not any(hasattr(p, "grad_sample") for p in network.module.parameters())
+    assert _relative_error(OpacusEngine(network).clipped_sum(units, loss, clip_norm), theirs) == 0
+
+
+def test_what_opacus_tells_wrongly_is_refused_at_the_start() -> None:
+    targets = torch.tensor([0, 1, 0])
+    module = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, padding_mode="reflect"),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 1),
+    )
+    network = FlatNetwork(module, torch.device("cpu"))
+    check_engine("book-keeping", network, (1, 32, 32), _loss(), targets)
+    with pytest.raises(ConfigError, match="clipping engine opacus differs from brute force"):
+        check_engine("opacus", network, (1, 32, 32), _loss(), targets)
 
 
 def test_an_empty_draw_is_a_sum_of_zero() -> None:
@@ -209,13 +222,13 @@ def test_the_start_up_check_refuses_an_engine_that_is_wrong(
 ) -> None:
     network = build_network(tiny_study())
     targets = torch.tensor([0, 1, 0])
-    check_engine(network, (1, 32, 32), _loss(), targets)
+    check_engine("book-keeping", network, (1, 32, 32), _loss(), targets)
     right = BookKeepingEngine.clipped_sum
     monkeypatch.setattr(
         BookKeepingEngine, "clipped_sum", lambda *args, **kw: right(*args, **kw) * 1.001
     )
     with pytest.raises(ConfigError, match="differs from brute force"):
-        check_engine(network, (1, 32, 32), _loss(), targets)
+        check_engine("book-keeping", network, (1, 32, 32), _loss(), targets)
 
 
 def test_the_bound_holds_in_float32_with_as_many_parameters_as_a_resnet() -> None:
@@ -231,7 +244,13 @@ def test_the_start_up_check_refuses_an_engine_that_does_not_clip(
 ) -> None:
     monkeypatch.setattr("client.bookkeeping.factors_of", lambda norms, *_: torch.ones_like(norms))
     with pytest.raises(ConfigError, match="differs from brute force"):
-        check_engine(build_network(tiny_study()), (1, 32, 32), _loss(), torch.tensor([0, 1, 0]))
+        check_engine(
+            "book-keeping",
+            build_network(tiny_study()),
+            (1, 32, 32),
+            _loss(),
+            torch.tensor([0, 1, 0]),
+        )
 
 
 def test_the_start_up_check_refuses_a_sum_that_is_too_long_even_where_brute_force_agrees(
@@ -242,4 +261,4 @@ def test_the_start_up_check_refuses_a_sum_that_is_too_long_even_where_brute_forc
     monkeypatch.setattr("client.clipping.by_brute_force", lambda *_, **__: unclipped)
     monkeypatch.setattr(BookKeepingEngine, "clipped_sum", lambda *_, **__: unclipped)
     with pytest.raises(ConfigError, match="differential privacy would not hold"):
-        check_engine(network, (1, 32, 32), _loss(), torch.tensor([0, 1, 0]))
+        check_engine("book-keeping", network, (1, 32, 32), _loss(), torch.tensor([0, 1, 0]))
