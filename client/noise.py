@@ -25,6 +25,8 @@ from torch import Tensor
 
 ONE = np.uint64(0x3FF << 52)  # the bits of 1.0; with 52 others behind them, a number from 1 to 2
 _BLOCK = 1 << 15  # numbers made at once: they stay in a cache
+_ZEROS = memoryview(bytes(8 * _BLOCK))  # what becomes the keystream
+_SLACK = 15  # bytes that the cipher wants behind its output
 
 
 class Keystream:
@@ -49,7 +51,15 @@ class Keystream:
 
     def integers(self, num: int) -> NDArray[np.uint64]:
         """Uniform 64-bit integers, shape (num,)."""
-        return np.frombuffer(self._cipher.update(bytes(8 * num)), np.uint64)
+        return self._fill(np.empty(8 * num + _SLACK, np.uint8))
+
+    def _fill(self, room: NDArray[np.uint8]) -> NDArray[np.uint64]:
+        """The same in memory that is there, all of it but ``_SLACK``."""
+        size = len(room) - _SLACK
+        for low in range(0, size, len(_ZEROS)):
+            zeros = _ZEROS[: size - low]
+            self._cipher.update_into(zeros, room[low : low + len(zeros) + _SLACK].data)
+        return room[:size].view(np.uint64)
 
     def uniforms(self, num: int) -> NDArray[np.float64]:
         """Uniform in [0, 1) in steps of 2**-53, shape (num,)."""
@@ -58,27 +68,44 @@ class Keystream:
     def gaussians(self, num: int) -> NDArray[np.float64]:
         """Independent standard normal numbers, shape (num,)."""
         quarter = -(-num // 4)
-        bits = self.integers(4 * quarter) >> np.uint64(12)
-        bits |= ONE
-        between = torch.from_numpy(bits.view(np.float64)).view(2, 2, quarter)  # 1 to 2
-        radius, angle = between[0], between[1].mul_(2 * np.pi)
-        # 2 - x is in (0, 1]: the logarithm is finite.
-        radius.neg_().add_(2.0).log_().mul_(-0.5).sqrt_()  # half a radius
-        one, other = radius * angle.cos(), angle.sin_().mul_(radius)
-        sums, differences = one + other, one.sub_(other)
-        # Four numbers in, four out: an orthogonal matrix with entries of one half leaves them
-        # independent and normal, and each is made of all four.
-        mixed = between.view(4, quarter)
-        torch.add(sums[0], sums[1], out=mixed[0])
-        torch.sub(sums[0], sums[1], out=mixed[1])
-        torch.add(differences[0], differences[1], out=mixed[2])
-        torch.sub(differences[0], differences[1], out=mixed[3])
-        made: NDArray[np.float64] = mixed.view(-1)[:num].numpy()
+        room = torch.empty((2, quarter), dtype=torch.float64)
+        made: NDArray[np.float64] = _normal(self.integers(4 * quarter), room)[:num].numpy()
         return made
 
     def add_noise(self, values: Tensor, scale: float) -> Tensor:
         """Add normal numbers of a standard deviation, in place; rounded once."""
+        # Fresh memory for every block would cost as much as the numbers do.
+        keystream = np.empty(8 * _BLOCK + _SLACK, np.uint8)
+        room = torch.empty((2, _BLOCK // 4), dtype=torch.float64)
         for part in torch.split(values, _BLOCK):
-            noise = torch.from_numpy(self.gaussians(len(part))).mul_(scale)
+            quarter = -(-len(part) // 4)
+            bits = self._fill(keystream[: 32 * quarter + _SLACK])
+            noise = _normal(bits, room[:, :quarter])[: len(part)].mul_(scale)
             part.copy_(noise.to(part.device).add_(part))
         return values
+
+
+def _normal(bits: NDArray[np.uint64], room: Tensor) -> Tensor:
+    """Independent standard normal numbers in the place of random bits, shape (4 * quarter,).
+
+    Args:
+      bits: Uniform, shape (4 * quarter,).
+      room: (2, quarter), for what is between.
+    """
+    bits >>= np.uint64(12)
+    bits |= ONE
+    between = torch.from_numpy(bits.view(np.float64)).view(2, 2, -1)  # 1 to 2
+    radius, angle = between[0], between[1].mul_(2 * np.pi)
+    # 2 - x is in (0, 1]: the logarithm is finite.
+    radius.neg_().add_(2.0).log_().mul_(-0.5).sqrt_()  # half a radius
+    one, other = torch.cos(angle, out=room).mul_(radius), angle.sin_().mul_(radius)
+    sums, differences = torch.add(one, other, out=radius), one.sub_(other)
+    # Four numbers in, four out: an orthogonal matrix with entries of one half leaves them
+    # independent and normal, and each is made of all four. ``sums`` lie where two of them go.
+    mixed = between.view(4, -1)
+    torch.sub(sums[0], sums[1], out=mixed[2])
+    mixed[0].add_(sums[1])
+    mixed[1].copy_(mixed[2])
+    torch.add(differences[0], differences[1], out=mixed[2])
+    torch.sub(differences[0], differences[1], out=mixed[3])
+    return mixed.view(-1)
