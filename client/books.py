@@ -18,11 +18,11 @@ from typing import Any
 from client.config import Budget, Certificates, SiteConfig
 from client.hospital import STUDIES
 from client.journal import JOURNAL
-from client.ledger import LEDGERS, WITHOUT_PRIVACY, Ledger, charge_key
+from client.ledger import LEDGERS, Ledger, charge_key
 from client.site import AUDIT
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog, verify
-from common.charges import Charge, by_run
+from common.charges import WITHOUT_PRIVACY, Charge, by_run
 from common.errors import DataError, RemoteProtocolError
 from common.identity import read_certificate, read_party
 from common.manifest import Manifest
@@ -101,6 +101,7 @@ def ledger_lines(config: SiteConfig) -> Iterator[str]:
     Raises:
       DataError: A ledger is damaged.
     """
+    check_statements(config)
     files = sorted((config.state_dir / LEDGERS).glob("*.jsonl"))
     if not files:
         yield f"no ledger in {config.state_dir / 'ledgers'}: nothing was ever charged"
@@ -178,6 +179,16 @@ def last_statements(home: Path) -> Iterator[Statement]:
         kept = read_journal(folder)
         if kept and kept.statement:
             yield kept.statement
+
+
+def check_statements(config: SiteConfig) -> None:
+    """Refuse books that do not hold the heads that this site signed.
+
+    Raises:
+      DataError: Lines were cut off, or an older copy was put back.
+    """
+    for statement in last_statements(config.state_dir):
+        _check_stated(statement, config)
 
 
 def _check_stated(stated: Statement, config: SiteConfig) -> str:

@@ -9,6 +9,7 @@ import signal
 import threading
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -107,7 +108,7 @@ def ledger(
     from client.books import ledger_lines
     from client.study_check import planned_lines
 
-    for line in (*ledger_lines(context.obj), *planned_lines(context.obj, study)):
+    for line in chain(ledger_lines(context.obj), planned_lines(context.obj, study)):
         print(line, flush=True)
 
 

@@ -10,7 +10,7 @@ import hashlib
 import hmac
 import secrets
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,7 +57,8 @@ class Intake:
 
     def note(self, pixels: NDArray[Any], target: NDArray[Any], patient: str) -> None:
         """One image, as its file has it."""
-        image = _digest(pixels)
+        grey = pixels[:1] if (pixels == pixels[:1]).all() else pixels  # a study may repeat grey
+        image = _digest(grey)
         self.images.append(hashlib.sha256(image + _digest(target) + patient.encode()).digest())
         self.units.add(b"id " + patient.encode() if self.names_patients else b"image " + image)
 
@@ -84,8 +85,13 @@ class Patients:
           DataError: Some of them stand under another name, or the file is damaged.
         """
         key = self._key()
-        marks = [hmac.digest(key, unit, "sha256") for unit in units]
         path = self._folder / PATIENTS
+        if not path.exists() and any(self._read_before()):
+            raise DataError(
+                f"{path} is gone: whether two budgets pay for one patient is unknown; restore it "
+                "from a backup"
+            )
+        marks = [hmac.digest(key, unit, "sha256") for unit in units]
         try:
             with (
                 sqlite_room(path),
@@ -104,6 +110,11 @@ class Patients:
                 f"data set {data_name} holds patients of another data set of this site: {named}; "
                 "one patient's privacy is paid for out of one budget: give both one data.name"
             )
+
+    def _read_before(self) -> Iterator[bool]:
+        """Of each ledger, whether it says that data was read."""
+        for ledger in self._folder.glob("*.jsonl"):
+            yield b'"event":"data"' in ledger.read_bytes()
 
     def _key(self) -> bytes:
         path = self._folder / KEY

@@ -22,12 +22,11 @@ from client.config import Budget
 from client.contents import Contents, Patients
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog
-from common.charges import DEBIT, Charge, read_charges
+from common.charges import DEBIT, Charge, counted, read_charges
 from common.disk import is_full
 from common.errors import BudgetExhausted, DataError
 
 LEDGERS = "ledgers"  # folder in a site's state folder
-WITHOUT_PRIVACY = Event(noise_multiplier=0.0, sampling_probability=1.0, steps=1)  # epsilon: no end
 
 
 def charge_key(run: str, study: str) -> str:
@@ -60,7 +59,16 @@ class Ledger:
         self._log = AuditLog(path, now)
         self.charges()
 
-    def debit(self, run: str, sum_number: int, event: Event, *, num_rounds: int) -> None:
+    def debit(
+        self,
+        run: str,
+        sum_number: int,
+        event: Event,
+        *,
+        num_rounds: int,
+        unit: str = "patient",
+        randomness: str = "os",
+    ) -> None:
         """Charge one sum; on disk when this returns.
 
         Args:
@@ -68,24 +76,32 @@ class Ledger:
           sum_number: Charged once, however often it is asked for.
           event: What it costs.
           num_rounds: Sums that the study's epsilon pays for; a void one counts too.
+          unit: Whom the event's epsilon protects: ``patient`` or ``image``; or ``none``.
+          randomness: ``os`` or ``seeded``.
 
         Raises:
           BudgetExhausted: It does not fit; nothing is charged, and no data may be opened.
-          OSError: The disk is full; the same.
+          DataError: The run was charged with other numbers before: what it states would be wrong.
+          OSError: The disk is full; nothing is charged.
         """
         with self._alone():
-            known = {(one.run, one.sum_number): one.event for one in self.charges()}
-            if known.get((run, sum_number), event) != event:
-                raise DataError(f"the ledger of {self._data_name} holds another event for this sum")
-            if (run, sum_number) in known:
+            known = {one.sum_number: one.event for one in self.charges() if one.run == run}
+            if any(one != event for one in known.values()):
+                raise DataError(
+                    f"the ledger of {self._data_name} holds other numbers for this run (noise, "
+                    "sampling probability or steps): data.declared_patients was changed while it "
+                    "was under way; put the old number back until the run has ended"
+                )
+            if sum_number in known:
                 return
-            if sum(name == run for name, _ in known) >= num_rounds:
+            if len(known) >= num_rounds:
                 raise BudgetExhausted(
                     f"sum {sum_number}: this run was charged for {num_rounds} sums on data set "
                     f"{self._data_name}, as many as its epsilon pays for; start a new run"
                 )
             self.check([event], f"sum {sum_number}")
-            self._append(DEBIT, run=run, sum=sum_number, **asdict(event))
+            facts = {**asdict(event), "unit": unit, "randomness": randomness}
+            self._append(DEBIT, run=run, sum=sum_number, **facts)
 
     def opened(self, contents: Contents) -> None:
         """Record what was read of the data set, before it is used.
@@ -121,9 +137,11 @@ class Ledger:
     def spent(self, delta: float, planned: list[Event] | None = None) -> float:
         """Epsilon at ``delta`` of everything ever charged to this data set, and of what is planned.
 
-        Infinite once it was used in a study without differential privacy.
+        Infinite once it was used in a study without differential privacy; of a budget for patients
+        also once it was used in one that protects single images.
         """
-        return epsilon_of([*(one.event for one in self.charges()), *(planned or ())], delta)
+        unit = self._budget.unit if self._budget else ""  # without one, as the charges say
+        return epsilon_of([*counted(self.charges(), unit), *(planned or ())], delta)
 
     def events_of(self, run: str) -> list[Event]:
         """What one run was charged."""

@@ -16,22 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from client.approvals import Approvals
-from client.books import USUAL_DELTA, last_statements
+from client.books import USUAL_DELTA, check_statements, last_statements
 from client.config import Budget, SiteConfig, deployed
-from client.ledger import LEDGERS, WITHOUT_PRIVACY
+from client.ledger import LEDGERS
 from client.site import AUDIT
 from client.study_check import planned_lines
 from common import privacy_report
 from common.accounting import epsilon_of, second_opinion
 from common.audit import AuditLog
-from common.charges import Charge, by_run, read_charges
+from common.charges import WITHOUT_PRIVACY, Charge, by_run, counted, read_charges
 from common.disk import replace_file
+from common.errors import ConfigError
 from common.identity import Identity
 from common.privacy_report import site_folder
 from common.privacy_report.facts import Facts, assumptions, promise, sent, sources, versions
 from common.privacy_report.texts import Texts
 from common.seal import seal
-from common.study import DifferentialPrivacy
 
 FOLDER = "privacy-report"  # in the state folder
 SHORT = 8  # digits of a run's name
@@ -47,6 +47,11 @@ class _Spent:
     delta: float
     runs: list[Facts]
     charges: list[Charge]
+    unit: str  # whom the epsilon protects
+
+    @property
+    def is_seeded(self) -> bool:
+        return any(one.randomness == "seeded" for one in self.charges)
 
     @property
     def epsilon(self) -> float | None:
@@ -65,10 +70,16 @@ def write_site_report(config: SiteConfig, folder: Path, now: Callable[[], dateti
       The path of ``privacy-report.html``.
 
     Raises:
-      ConfigError: The site file names no certificate and key to sign with.
+      ConfigError: The site file names no certificate and key to sign with; or the folder holds
+        something else.
       DataError: A book is damaged.
     """
+    if folder.exists() and any(folder.iterdir()) and not site_folder.is_site_folder(folder):
+        raise ConfigError(
+            f"{folder} is not empty and holds no privacy report; choose another --out"
+        )
     files = deployed(config)
+    check_statements(config)
     identity = Identity.load(files.cert, files.key)
     texts = Texts()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -94,9 +105,9 @@ def _listed(folder: Path) -> Iterator[Path]:
 def _facts(config: SiteConfig, folder: Path, texts: Texts, now: Callable[[], datetime]) -> Facts:
     ledgers = [_spent(config, path) for path in sorted((folder / LEDGERS).glob("*.jsonl"))]
     own = next((one for one in ledgers if one.path.stem == config.data.name), None)
-    unit = _unit(config)
+    unit = own.unit if own else _unit(config.budget, [])
     log = AuditLog(config.state_dir / AUDIT, now)
-    messages = [_message(line) for line in log.entries() if line["event"] == "sent"]
+    messages = [_message(line) for line in log.entries() if line["event"] in ("sent", "refused")]
     several = len(ledgers) > 1
     return {
         "kind": "site",
@@ -116,7 +127,7 @@ def _facts(config: SiteConfig, folder: Path, texts: Texts, now: Callable[[], dat
         "sent": sent(messages, texts, AUDIT) | {"messages": messages},
         "approved": Approvals(config.state_dir).lines(),
         "attacks": None,
-        "assumptions": assumptions(texts, unit, is_seeded=_is_seeded(config)) if ledgers else [],
+        "assumptions": assumptions(texts, unit, is_seeded=own.is_seeded) if own else [],
         "limits": [*texts.lines("limits.private"), *texts.lines("limits.always")],
         "sources": sources(folder, _files(folder, ledgers, texts)),
         "versions": versions(),
@@ -129,8 +140,9 @@ def _spent(config: SiteConfig, path: Path) -> _Spent:
     delta = budget.delta if budget else USUAL_DELTA
     runs, so_far = [], []
     charges = read_charges(path)
+    unit = _unit(budget, charges)
     for run, own in by_run(charges).items():
-        so_far += [one.event for one in own]
+        so_far += counted(own, unit)
         name, _, digest = run.partition("/")
         event = own[-1].event
         is_private = event != WITHOUT_PRIVACY
@@ -143,13 +155,15 @@ def _spent(config: SiteConfig, path: Path) -> _Spent:
                 "first": own[0].time,
                 "last": own[-1].time,
                 "epsilon": _finite(epsilon_of(so_far, delta)),
-                "second": _finite(second_opinion(so_far, delta)),
+                "second": None,
                 "noise_multiplier": event.noise_multiplier if is_private else None,
                 "sampling_probability": event.sampling_probability,
                 "steps": sum(one.event.steps for one in own),
             }
         )
-    return _Spent(path, budget, delta, runs, charges)
+    if runs:  # after every run it would take minutes where many studies differ
+        runs[-1]["second"] = second_opinion(so_far, delta)
+    return _Spent(path, budget, delta, runs, charges, unit)
 
 
 def _life(own: _Spent) -> list[list[float]]:
@@ -158,8 +172,8 @@ def _life(own: _Spent) -> list[list[float]]:
     for charges in by_run(own.charges).values():
         step = -(-len(charges) // POINTS)
         for number, charge in enumerate(charges, start=1):
-            so_far.append(charge.event)
-            if charge.event == WITHOUT_PRIVACY:
+            so_far += counted([charge], own.unit)
+            if so_far[-1] == WITHOUT_PRIVACY:
                 return points
             if number % step == 0 or number == len(charges):
                 points.append([len(so_far), epsilon_of(so_far, own.delta)])
@@ -171,6 +185,8 @@ def _promise(config: SiteConfig, own: _Spent | None, unit: str, texts: Texts) ->
     if own is None or not own.runs:
         yield texts("promise.nothing_spent", data=name)
         return
+    if own.is_seeded:
+        yield texts("promise.seeded")
     if own.epsilon is None:
         yield texts("promise.none_spent")
         return
@@ -181,8 +197,6 @@ def _promise(config: SiteConfig, own: _Spent | None, unit: str, texts: Texts) ->
     else:
         left = max(0.0, own.budget.epsilon - own.epsilon)
         yield texts("promise.budget", **said, budget=f"{own.budget.epsilon:g}", left=f"{left:.3f}")
-    if _is_seeded(config):
-        yield texts("promise.seeded")
     yield texts("promise.two_sites")
 
 
@@ -191,6 +205,7 @@ def _table(one: _Spent) -> Facts:
         "data_set": one.path.stem,
         "epsilon": one.epsilon,
         "delta": one.delta,
+        "unit": one.unit,
         "budget": one.budget.model_dump() if one.budget else None,
         "charges": len(one.charges),
         "runs": one.runs,
@@ -207,16 +222,11 @@ def _row(one: _Spent, run: Facts, several: bool) -> Facts:
     }
 
 
-def _unit(config: SiteConfig) -> str:
-    """The weakest promise of all approved studies; of the budget where there is none."""
-    terms = [one.study.privacy for one in Approvals(config.state_dir).earlier()]
-    units = {one.unit for one in terms if isinstance(one, DifferentialPrivacy)}
-    fallback = config.budget.unit if config.budget else "patient"
-    return "image" if "image" in units else next(iter(units), fallback)
-
-
-def _is_seeded(config: SiteConfig) -> bool:
-    return any(one.randomness == "seeded" for one in last_statements(config.state_dir))
+def _unit(budget: Budget | None, charges: list[Charge]) -> str:
+    """Whom the budget protects; without one the weakest promise that was charged."""
+    if budget is not None:
+        return budget.unit
+    return "image" if any(one.unit == "image" for one in charges) else "patient"
 
 
 def _name_of(config: SiteConfig, digest: str) -> str:
@@ -227,7 +237,15 @@ def _name_of(config: SiteConfig, digest: str) -> str:
 
 
 def _message(line: dict[str, Any]) -> Facts:
-    """One line of the audit log about a message that left."""
+    """One line of the audit log about a message that left; of a refusal, a word."""
+    if line["event"] == "refused":
+        return {
+            "kind": "Refusal",
+            "bytes": 0,
+            "time": line["time"],
+            "to": line["peer"],
+            "digest": "",
+        }
     return {
         "kind": line["type"],
         "bytes": line["bytes"],

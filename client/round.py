@@ -196,6 +196,8 @@ def local_update(task: RoundTask, site: Site) -> LocalUpdate:
 
 def score(task: RoundTask, session: Session, site: Site) -> Upload:
     """Return the masked counts of a model on one split; nothing is trained, no weights travel."""
+    if site.plan is None:
+        site.charge(session.manifest.run, task.sum_number)
     samples = site.data.test if task.purpose == Purpose.TEST else site.data.validation
     counts = evaluate(task.model, samples, network=site.network, task=site.task)
     if task.purpose == Purpose.TEST and isinstance(site.task, SegmentationTask):

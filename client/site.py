@@ -16,11 +16,12 @@ from client.clipping import check_engine, check_layers
 from client.config import Budget, Policy
 from client.dataset import SiteData
 from client.journal import JOURNAL, RELEASED, Journal
-from client.ledger import LEDGERS, WITHOUT_PRIVACY, Ledger, charge_key
+from client.ledger import LEDGERS, Ledger, charge_key
 from client.noise import Keystream
 from client.session import Party
 from common.audit import AuditLog
-from common.errors import BudgetExhausted, ConfigError, LocalProtocolError
+from common.charges import WITHOUT_PRIVACY
+from common.errors import BudgetExhausted, ConfigError, DataError, LocalProtocolError
 from common.evidence import Evidence
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork
@@ -86,11 +87,16 @@ class Site:
           BudgetExhausted: The budget does not cover it; no data may be opened.
         """
         if self.plan is None:  # what a run costs has no bound, however many sums it has
-            self.ledger.debit(self.charged(run), 0, WITHOUT_PRIVACY, num_rounds=1)
-        else:
-            self.ledger.debit(
-                self.charged(run), sum_number, self.plan.event, num_rounds=self.plan.num_rounds
-            )
+            self.ledger.debit(self.charged(run), 0, WITHOUT_PRIVACY, num_rounds=1, unit="none")
+            return
+        self.ledger.debit(
+            self.charged(run),
+            sum_number,
+            self.plan.event,
+            num_rounds=self.plan.num_rounds,
+            unit=self.plan.terms.unit,
+            randomness=self.plan.terms.randomness,
+        )
 
     @property
     def evidence(self) -> Evidence:
@@ -110,7 +116,7 @@ class Site:
 
     @functools.cached_property
     def data(self) -> SiteData:
-        """The site's images; the first access opens them, after the first debit."""
+        """The site's images; the first access opens them. Training charges first."""
         data = self.load()
         self.ledger.opened(data.contents)
         return data.to(self.network.values.device)
@@ -227,6 +233,7 @@ def open_site(
         credentials=credentials,
         policy=policy or Policy(),
     )
+    check_own_books(site)
     if plan is not None:
         check_private_training(site, plan, source.budget)
     elif source.budget is not None:
@@ -236,6 +243,25 @@ def open_site(
             f"{source.budget.epsilon:g}; ask the data owner before removing [budget]"
         )
     return site
+
+
+def check_own_books(site: Site) -> None:
+    """Refuse books that no longer hold what this site stated last in this study.
+
+    Raises:
+      DataError: R6. Lines were cut off, or an older copy was put back.
+    """
+    last = site.journal.sum()
+    if last is None or not last.statement:
+        return
+    stated = Statement.parse(last.statement)
+    if not (site.audit.holds(stated.audit) and site.ledgers_hold(stated.ledger)):
+        raise DataError(
+            f"the audit log or a ledger of {site.name} does not hold the head of its own statement "
+            f"on sum {stated.sum_number}: lines were cut off, or an older copy was put back; "
+            "restore the newest, fl-client audit verify says which",
+            rule="R6",
+        )
 
 
 def check_private_training(site: Site, plan: PrivacyPlan, budget: Budget | None) -> None:

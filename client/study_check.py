@@ -108,7 +108,11 @@ def planned_lines(config: SiteConfig, study_file: Path | None = None) -> Iterato
         [load(study_file, Study)] if study_file else [one.study for one in approvals.earlier()]
     )
     for study in {study.digest(): study for study in studies}.values():
-        yield f"planned: study {study.name}, {_planned(config, study)}"
+        try:
+            said = _planned(config, study)
+        except FederationError as error:
+            said = f"what it costs is unknown: {error}"  # of this study; others are told
+        yield f"planned: study {study.name}, {said}"
 
 
 def _planned(config: SiteConfig, study: Study) -> str:

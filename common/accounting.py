@@ -21,6 +21,7 @@ Accountant = Literal["prv", "pld", "rdp"]
 
 MAX_NOISE_MULTIPLIER = 1e4
 COARSE_BELOW, FINE_ERROR = 1.5, 5e-4
+BEYOND_REASON = 50.0  # an epsilon that promises nobody anything
 AGREEMENT = 0.01  # of the two accountants, relative
 CALIBRATION_TOLERANCE = 1e-3  # relative, in epsilon, always on the safe side
 
@@ -49,19 +50,23 @@ def epsilon_of(events: Iterable[Event], delta: float, accountant: Accountant = "
     return _epsilon_of(tuple(_merge(events)), delta, accountant)
 
 
-def second_opinion(events: Iterable[Event], delta: float) -> float:
+def second_opinion(events: Iterable[Event], delta: float) -> float | None:
     """The same by the other library than ``epsilon_of`` asks.
 
     Returns:
-      Epsilon by dp-accounting's PLD where ``epsilon_of`` took Opacus' PRV, and the other way round.
+      Epsilon by dp-accounting's PLD where ``epsilon_of`` took Opacus' PRV, and the other way round;
+      None beyond ``BEYOND_REASON``, where it would take minutes and gigabytes.
     """
-    return _second_opinion(tuple(_merge(events)), delta)
+    merged = tuple(_merge(events))
+    if _epsilon_of(merged, delta, "prv") > BEYOND_REASON:
+        return None
+    return _second_opinion(merged, delta)
 
 
 @functools.lru_cache(maxsize=256)  # sites of one size share the answer
 def _second_opinion(merged: tuple[Event, ...], delta: float) -> float:
-    if not merged or any(event.noise_multiplier == 0 for event in merged):
-        return _epsilon_of(merged, delta, "prv")
+    if not merged:
+        return 0.0
     if len(merged) == 1:
         return _pld_epsilon(merged, delta)
     return _opacus_epsilon(merged, delta, "prv")

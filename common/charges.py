@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,7 @@ from common.audit import AuditLog
 from common.errors import DataError
 
 DEBIT = "debit"
+WITHOUT_PRIVACY = Event(noise_multiplier=0.0, sampling_probability=1.0, steps=1)  # no bound
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Charge:
     run: str  # the run's name, a slash, and the study's digest
     sum_number: int
     event: Event
+    unit: str  # whom it protects: patient or image; a study without privacy says none
+    randomness: str  # os or seeded
     time: str  # ISO 8601, UTC
 
 
@@ -35,9 +39,10 @@ def read_charges(path: Path) -> list[Charge]:
     try:
         return list(charges_in(log.entries()))
     except (DataError, ValueError, KeyError, TypeError) as error:
+        found = re.search(r"line \d+", str(error))
         raise DataError(
-            f"ledger {path.name} is damaged: what was spent is unknown; restore it from a backup, "
-            f"or let the data owner close this data set ({error})"
+            f"ledger {path.name} is damaged{' in ' + found[0] if found else ''}: what was spent is "
+            "unknown; restore it from a backup, or let the data owner close this data set"
         ) from None
 
 
@@ -49,7 +54,25 @@ def charges_in(lines: Iterable[Mapping[str, Any]]) -> Iterator[Charge]:
         event = Event(
             float(line["noise_multiplier"]), float(line["sampling_probability"]), int(line["steps"])
         )
-        yield Charge(str(line["run"]), int(line["sum"]), event, str(line["time"]))
+        yield Charge(
+            run=str(line["run"]),
+            sum_number=int(line["sum"]),
+            event=event,
+            unit=str(line["unit"]),
+            randomness=str(line["randomness"]),
+            time=str(line["time"]),
+        )
+
+
+def counted(charges: Iterable[Charge], unit: str) -> list[Event]:
+    """What charges cost one patient, or one image.
+
+    What was spent on a promise to single images bounds nothing for a patient who has several.
+    """
+    return [
+        WITHOUT_PRIVACY if (unit, one.unit) == ("patient", "image") else one.event
+        for one in charges
+    ]
 
 
 def by_run(charges: Iterable[Charge]) -> dict[str, list[Charge]]:

@@ -25,11 +25,8 @@ def seal(folder: Path, files: Iterable[Path], identity: Identity) -> None:
     """List files of a folder with their SHA-256, and sign the list."""
     lines = [f"{digest_of(file)}  {file.relative_to(folder)}\n" for file in sorted(files)]
     sums = "".join(lines).encode()
-    signed = {
-        "certificate": identity.certificate.hex(),
-        "signature": identity.sign(_content(identity.certificate, sums)).hex(),
-    }
-    replace_file(folder / SIGNATURE, (json.dumps(signed, indent=1) + "\n").encode(), mode=_MODE)
+    signature = identity.sign(_content(identity.certificate, sums))
+    replace_file(folder / SIGNATURE, _signed(identity.certificate, signature), mode=_MODE)
     replace_file(folder / SUMS, sums, mode=_MODE)
 
 
@@ -40,7 +37,8 @@ def read_sums(folder: Path) -> dict[str, str]:
       FederationError: A line is not one of such a list.
     """
     digests = {}
-    for number, line in enumerate((folder / SUMS).read_text(encoding="utf-8").splitlines(), 1):
+    text = (folder / SUMS).read_bytes().decode("utf-8", "replace")
+    for number, line in enumerate(text.splitlines(), 1):
         found = re.fullmatch(r"([0-9a-f]{64})  (.+)", line)
         if found is None:
             raise FederationError(f"{SUMS}: line {number} is not a SHA-256 and a file name")
@@ -84,10 +82,7 @@ def check_signature_of(folder: Path) -> Certified:
             f"{SIGNATURE} is damaged: it is not a certificate and a signature"
         ) from None
     sums = (folder / SUMS).read_bytes()
-    canonical = json.dumps(
-        {"certificate": signed["certificate"], "signature": signed["signature"]}, indent=1
-    )
-    if path.read_text(encoding="utf-8") != canonical + "\n":
+    if path.read_bytes() != _signed(certificate, signature):
         raise FederationError(f"{SIGNATURE} is damaged: it is not as it was written")
     if not check_signature(signer.key, signature, _content(certificate, sums)):
         raise FederationError(
@@ -101,6 +96,11 @@ def digest_of(file: Path) -> str:
     """A file's SHA-256; the file is never in memory as a whole."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _signed(certificate: bytes, signature: bytes) -> bytes:
+    table = {"certificate": certificate.hex(), "signature": signature.hex()}
+    return json.dumps(table, indent=1).encode() + b"\n"
 
 
 def _content(certificate: bytes, sums: bytes) -> bytes:

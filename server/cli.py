@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -15,7 +16,7 @@ import typer
 from common.cli import ResumeOption, RunDirOption, SetOption, overrides_of, start
 from common.config import load
 from common.disk import disk_full, existing, free_bytes, has_room, is_full, megabytes
-from common.logs import LogFormatOption, start_logging
+from common.logs import LogFormat, LogFormatOption, start_logging
 from common.study import Study
 from server.config import CoordinatorConfig
 
@@ -33,7 +34,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
-def serve(
+def run(
     context: typer.Context,
     study: StudyFile = None,
     config: Annotated[Path, typer.Option(help="The coordinator's own TOML file.")] = Path(
@@ -50,16 +51,25 @@ def serve(
     """Coordinate a study."""
     if context.invoked_subcommand is not None:
         return
-    if study is None:
-        raise typer.BadParameter("missing; it names the study's TOML file", param_hint="--study")
-    planned = load(study, Study, overrides_of(set_))
+    planned = _read(study, set_)
     if dry_run:
         from server.plan import plan_lines
 
         for line in plan_lines(planned):
             print(line)
         return
-    own = load(config, CoordinatorConfig)
+    serve(planned, load(config, CoordinatorConfig), run_dir, resume=resume, log_format=log_format)
+
+
+def serve(
+    planned: Study,
+    own: CoordinatorConfig,
+    run_dir: Path | None = None,
+    *,
+    resume: bool = False,
+    log_format: LogFormat = "text",
+) -> None:
+    """Wait for the members, run, end; Ctrl-C stops."""
     start_logging(log_format)
     # Started by hand or by a service manager: both signals end the run the same way.
     signal.signal(signal.SIGTERM, _interrupt)
@@ -103,13 +113,19 @@ def plan(
     """Print what a study's rounds cost sites of several sizes; starts nothing, opens no data."""
     from server.plan import print_costs, solved_lines
 
-    if study is None:
-        raise typer.BadParameter("missing; it names the study's TOML file", param_hint="--study")
-    planned = load(study, Study, overrides_of(set_))
+    if not math.isfinite(budget):
+        raise typer.BadParameter("a number up to 50 is needed", param_hint="--budget")
+    planned = _read(study, set_)
     print_costs(planned, declared)
     if budget:
         for line in solved_lines(planned, declared, budget):
             print(line)
+
+
+def _read(study: Path | None, assignments: list[str]) -> Study:
+    if study is None:
+        raise typer.BadParameter("missing; it names the study's TOML file", param_hint="--study")
+    return load(study, Study, overrides_of(assignments))
 
 
 def wait_for_room(folder: Path, num_bytes: int) -> None:

@@ -15,6 +15,7 @@ from common.plan import MOST_ROUNDS, PrivacyPlan, plan_privacy
 from common.study import Classification, NoPrivacy, Study
 from common.traffic import traffic_of
 
+MOST_ROWS = 20  # of a table: each takes a second
 SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients
 
 
@@ -82,7 +83,7 @@ def privacy_table(study: Study, sizes: Sequence[int] = SITE_SIZES) -> Iterator[s
 
 
 def print_costs(study: Study, sizes: Sequence[int]) -> None:
-    """Epsilon after every round, a column for each size of a site.
+    """Epsilon after every round, or twenty of them, a column for each size of a site.
 
     Raises:
       ConfigError: The study has no differential privacy, or its epsilon cannot be reached.
@@ -94,7 +95,8 @@ def print_costs(study: Study, sizes: Sequence[int]) -> None:
     table.add_column("after round", justify="right")
     for plan in plans:
         table.add_column(f"{plan.num_public:,} {terms.unit}s", justify="right")
-    for number in range(1, study.num_rounds + 1):
+    step = -(-study.num_rounds // MOST_ROWS)
+    for number in sorted({1, *range(step, study.num_rounds, step), study.num_rounds}):
         table.add_row(str(number), *(f"{plan.epsilon_after(number):.3f}" for plan in plans))
     table.add_section()
     events = [plan.event for plan in plans]

@@ -32,7 +32,7 @@ from server.reporting.overlays import draw_overlays
 from server.reporting.page import render
 from server.reporting.phantoms import draw_phantoms
 from server.reporting.privacy import privacy_facts
-from server.reporting.record import Record, read_record
+from server.reporting.record import Facts, Record, read_record
 from server.reporting.statements import check_statements
 from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, SUMMARY, RunDir
 from server.transcript import TRANSCRIPT
@@ -81,7 +81,7 @@ def write_privacy_report(record: Record) -> None:
     """Write what a data-protection officer files: ``privacy-report.html`` and ``.json``."""
     folder, texts = record.run_dir.path, Texts()
     facts = privacy_facts(record, texts)
-    (folder / privacy_report.JSON).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (folder / privacy_report.JSON).write_bytes(_as_written(facts))
     (folder / privacy_report.HTML).write_text(
         privacy_report.render(facts, texts, folder), encoding="utf-8"
     )
@@ -113,6 +113,7 @@ def verify(folder: Path) -> Verified:
     try:
         num_statements = check_statements(record)
         log = verify_log(folder / AUDIT)
+        check_privacy_report(record)
     except (DataError, RemoteProtocolError) as error:
         raise FederationError(str(error)) from None  # a verdict about a file: exit code 1
     return Verified(len(digests), num_statements, log.num_lines)
@@ -159,6 +160,30 @@ def check_record(record: Record) -> None:
                 f"{SUMMARY}: {what} is {str(recorded)[:80]}, {file} gives {str(computed)[:80]}; "
                 "the files are not of one run, or another version of this program wrote them"
             )
+
+
+def check_privacy_report(record: Record) -> None:
+    """Refuse a privacy report that does not say what the run's files give; none is there to write.
+
+    Raises:
+      FederationError: The message names the file.
+    """
+    folder, texts = record.run_dir.path, Texts()
+    path = folder / privacy_report.JSON
+    if not path.exists():
+        return
+    facts = json.loads(json.dumps(privacy_facts(record, texts)))
+    again = "another version of this program wrote it, or it was changed; fl-report writes it again"
+    if path.read_bytes() != _as_written(facts):
+        raise FederationError(f"{path.name} is not what the files of the run give: {again}")
+    if (folder / privacy_report.HTML).read_bytes() != privacy_report.render(
+        facts, texts, folder
+    ).encode():
+        raise FederationError(f"{privacy_report.HTML} is not what {path.name} gives: {again}")
+
+
+def _as_written(facts: Facts) -> bytes:
+    return json.dumps(facts, indent=2).encode() + b"\n"
 
 
 def check_signer(signer: Certified, record: Record) -> None:

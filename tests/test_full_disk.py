@@ -41,10 +41,12 @@ from client.room import SPARE_BYTES, Room, Stopped
 from common.accounting import Event
 from common.audit import AuditLog, verify
 from common.charges import Charge
+from common.config import load
 from common.disk import append, has_room, is_full, replace_file
 from common.errors import DataError, DiskFull
 from common.messages import Message
 from common.secagg.phases import Phase
+from common.study import Study
 from server.network import LoopbackNetwork
 
 MB = 1 << 20
@@ -395,20 +397,16 @@ def study_file(folder: Path, table: dict[str, Any]) -> Path:
 @pytest.fixture
 def arguments(
     tmp_path: Path, tiny_study_table: Callable[[], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> dict[str, Path]:
+) -> dict[str, Any]:
     """Of ``fl-server``, whose own file is not looked at here."""
     own = type("Own", (), {"state_dir": tmp_path / "state"})
-    real = server.cli.load
-    monkeypatch.setattr(
-        server.cli, "load", lambda path, *rest: real(path, *rest) if path.exists() else own
-    )
     monkeypatch.setattr(server.cli, "start_logging", lambda _: None)
-    study = study_file(tmp_path, tiny_study_table())
-    return {"study": study, "config": tmp_path / "none.toml", "run_dir": tmp_path / "run"}
+    study = load(study_file(tmp_path, tiny_study_table()), Study)
+    return {"planned": study, "own": own, "run_dir": tmp_path / "run"}
 
 
 def test_a_coordinator_whose_disk_is_full_says_where_and_what_goes_on(
-    arguments: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = arguments["run_dir"] / "models"
     models.mkdir(parents=True)
@@ -429,7 +427,7 @@ def test_a_coordinator_whose_disk_is_full_says_where_and_what_goes_on(
 @pytest.mark.parametrize("which", ["run", "state"])
 def test_a_coordinator_that_is_started_on_a_full_disk_waits(
     which: str,
-    arguments: dict[str, Path],
+    arguments: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

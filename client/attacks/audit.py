@@ -113,7 +113,10 @@ def audit(
     """
     if not isinstance(study.privacy, DifferentialPrivacy):
         raise ConfigError(f"study {study.name}: [privacy] is needed, to see what it withstands")
-    same_class = torch.nonzero(_classes(images) == _classes(images)[0]).flatten()[:num_inverted]
+    if study.task.kind != "classification":
+        raise ConfigError(f"task {study.task.kind}: the attacks are on classification of images")
+    classes = _classes(images)
+    same_class = torch.nonzero(classes == classes[0]).flatten()[:num_inverted]
     if len(images) < num_background or len(same_class) < num_inverted:
         raise ConfigError(
             f"{len(images)} images, {len(same_class)} of one class; {num_background} and "
@@ -131,7 +134,9 @@ def audit(
     inversion = []
     for row in range(num_inverted):
         results = tuple(
-            attack_update(study, shown, row, kind=kind, seed=seed + row, steps=steps)
+            attack_update(
+                study, shown, row, kind=kind, declared=len(images), seed=seed + row, steps=steps
+            )
             for kind in LEAVING
         )
         inversion.append(results)

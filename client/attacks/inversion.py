@@ -67,7 +67,14 @@ class Recovered:
 
 
 def attack_update(
-    study: Study, images: Images, row: int, *, kind: str, seed: int, steps: int = STEPS
+    study: Study,
+    images: Images,
+    row: int,
+    *,
+    kind: str,
+    declared: int,
+    seed: int,
+    steps: int = STEPS,
 ) -> Recovered:
     """Train one step on one image, take what leaves, and look for the image.
 
@@ -76,6 +83,7 @@ def attack_update(
       images: One is trained on; the others are what the result is compared with.
       row: Which one.
       kind: See ``Recovered``.
+      declared: Patients of the site, from which the study's noise follows.
       seed: Where the search begins, and of seeded noise.
       steps: Of the search.
 
@@ -86,7 +94,11 @@ def attack_update(
         raise ConfigError(f"task {study.task.kind}: inversion is for classification of images")
     network, task = build_network(study), task_of(study)
     own = Images(images.pixels[row : row + 1], images.targets[row : row + 1], ("one",))
-    update = _leaving(study, own, network, task, kind, seed)
+    update = (
+        _noised(study, own, declared, network, task, seed)
+        if kind == "noised"
+        else _leaving(study, own, network, task, kind, seed)
+    )
     # The label is given to the attacker: for one image it follows from the last layer's sign.
     found = invert(-update, own.targets, network, task, own.pixels.shape, seed=seed, steps=steps)
     others = [k for k in range(len(images)) if k != row]
@@ -151,8 +163,6 @@ def _leaving(
     study: Study, own: Images, network: FlatNetwork, task: Task, kind: str, seed: int
 ) -> NDArray[np.float32]:
     """An update as the attacker holds it; what it cannot read it takes for what it should be."""
-    if kind == "noised":
-        return _noised(study, own, network, task, seed)
     training = Training(**{**dict(study.training), **ONE_STEP})
     model = network.vector()
     rng = torch.Generator().manual_seed(seed)
@@ -180,10 +190,10 @@ def _leaving(
 
 
 def _noised(
-    study: Study, own: Images, network: FlatNetwork, task: Task, seed: int
+    study: Study, own: Images, declared: int, network: FlatNetwork, task: Task, seed: int
 ) -> NDArray[np.float32]:
     """The study's clipping and noise; the attacker even knows that this image alone was drawn."""
-    plan = plan_privacy(study, study.training.batch_size)
+    plan = plan_privacy(study, declared)
     if plan is None:
         raise ConfigError(f"study {study.name}: [privacy] is needed to see what noise hides")
     alone = replace(plan, event=replace(plan.event, sampling_probability=1.0, steps=1))

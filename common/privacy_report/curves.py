@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -16,6 +17,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
+
+from common.errors import DataError
 
 MUTED, RULE, AMBER = "#5a6875", "#d3dae1", "#b4640a"
 COLOURS: Final = ("#1f5f8b", "#5b7f63", "#8a6a94", "#b4640a", "#2f8f8b", "#7a4a3a")
@@ -67,8 +70,11 @@ def spending(curves: Curves, xlabel: str, *, limit: float | None = None) -> str:
 
 def recovered(pixels: Path) -> list[dict[str, str]]:
     """A row for each image: what was trained on, and what came back, as data URIs of PNGs."""
-    with np.load(pixels, allow_pickle=False) as arrays:
-        stacks = {kind: arrays[kind] for kind in KINDS}
+    try:
+        with np.load(pixels, allow_pickle=False) as arrays:
+            stacks = {kind: arrays[kind] for kind in KINDS}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise DataError(f"{pixels}: not what scripts/audit-privacy writes ({error})") from None
     return [
         {kind: _png(stacks[kind][row], stacks["original"][row]) for kind in KINDS}
         for row in range(len(stacks["original"]))

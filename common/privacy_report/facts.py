@@ -18,6 +18,7 @@ from common.seal import digest_of
 Facts: TypeAlias = dict[str, Any]
 
 PACKAGES = ("opacus", "dp-accounting", "torch", "cryptography", "flwr")
+PARTS = ("membership", "inversion", "limits", "failures")
 ATTACKS, PIXELS = "attacks.json", "attacks.npz"  # what scripts/audit-privacy leaves
 MANY = 1e6  # beyond it a factor is no promise that anybody can read
 
@@ -33,9 +34,14 @@ def promise(texts: Texts, unit: str, epsilon: float, delta: float) -> str:
     )
 
 
-def assumptions(texts: Texts, unit: str, *, is_seeded: bool) -> list[str]:
+def assumptions(
+    texts: Texts, unit: str, *, is_seeded: bool, is_simulated: bool = False
+) -> list[str]:
     """What the promise stands on."""
     lines = [line.format(unit=unit) for line in texts.lines("assumptions.list")]
+    if is_simulated:
+        lines = [line for line in lines if "declared constants" not in line]
+        lines.append(texts("assumptions.simulated"))
     if is_seeded:
         lines = [line for line in lines if "AES-256" not in line]
         lines.insert(0, texts("assumptions.seeded"))
@@ -78,8 +84,9 @@ def attacks_in(folder: Path) -> Facts | None:
         return None
     try:
         table: Facts = json.loads(path.read_text(encoding="utf-8"))
-        return {**table, "file": ATTACKS, "sha256": digest_of(path)}
-    except (ValueError, TypeError) as error:
+        parts = {name: table[name] for name in ("study", *PARTS)}
+        return {**parts, "file": ATTACKS, "sha256": digest_of(path)}
+    except (ValueError, TypeError, KeyError) as error:
         raise DataError(f"{path}: not what scripts/audit-privacy writes ({error})") from None
 
 

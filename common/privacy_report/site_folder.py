@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from common.accounting import AGREEMENT, Event, second_opinion
+from common.accounting import AGREEMENT, Event, epsilon_of, second_opinion
 from common.audit import AuditLog
-from common.charges import by_run, read_charges
+from common.charges import by_run, counted, read_charges
 from common.errors import ConfigError, DataError, FederationError, RemoteProtocolError
 from common.identity import Certified
 from common.privacy_report.facts import Facts
@@ -40,7 +40,8 @@ class Verified:
 
 def is_site_folder(folder: Path) -> bool:
     """Whether it is one hospital's report, and not a run folder."""
-    return (folder / JSON).is_file() and (folder / STATEMENTS).is_file()
+    listed = read_sums(folder) if (folder / SUMS).is_file() else {}
+    return STATEMENTS in listed
 
 
 def verify(folder: Path) -> Verified:
@@ -55,6 +56,11 @@ def verify(folder: Path) -> Verified:
     signer = check_signature_of(folder)
     digests = read_sums(folder)
     check_files(folder, digests)
+    for path in (folder / LEDGERS).iterdir():
+        if str(path.relative_to(folder)) not in digests:
+            raise FederationError(
+                f"{LEDGERS}/{path.name} is not listed in {SUMS}: it was put there"
+            )
     facts: Facts = json.loads((folder / JSON).read_text(encoding="utf-8"))
     if facts["signer"] != signer.fingerprint:
         raise FederationError(f"{JSON}: another key than {SIGNATURE} has signed")
@@ -72,8 +78,10 @@ def _check_ledger(folder: Path, stated: Facts) -> int:
     charges = read_charges(folder / name)
     so_far: list[Event] = []
     delta = float(stated["delta"])
+    if len(by_run(charges)) != len(stated["runs"]):
+        raise FederationError(f"{name}: it has not as many runs as the report")
     for (run, own), row in zip(by_run(charges).items(), stated["runs"], strict=True):
-        so_far += [one.event for one in own]
+        so_far += counted(own, stated["unit"])
         if row["run"] != run:
             raise FederationError(f"{name}: run {run[:12]} comes where the report has another")
         _check_epsilon(f"{name}: epsilon after run {run[:12]}", row["epsilon"], so_far, delta)
@@ -82,9 +90,11 @@ def _check_ledger(folder: Path, stated: Facts) -> int:
 
 
 def _check_epsilon(where: str, said: float | None, events: list[Event], delta: float) -> None:
+    """By the other library where there is time, else by the report's own."""
     value, other = math.inf if said is None else said, second_opinion(events, delta)
-    if not math.isclose(value, other, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
-        raise FederationError(f"{where} is {value:.4g}, the other accountant has {other:.4g}")
+    found = epsilon_of(events, delta) if other is None else other
+    if not math.isclose(value, found, rel_tol=AGREEMENT, abs_tol=AGREEMENT):
+        raise FederationError(f"{where} is {value:.4g}, its ledger gives {found:.4g}")
 
 
 def _check_statements(folder: Path, signer: Certified) -> int:

@@ -49,9 +49,7 @@ def privacy_facts(record: Record, texts: Texts) -> Facts:
             {"name": member.name, "key": member.key} for member in record.manifests[0].members
         ],
         "attacks": attacks_in(folder),
-        "assumptions": assumptions(texts, terms.unit, is_seeded=terms.randomness == "seeded")
-        if isinstance(terms, DifferentialPrivacy)
-        else [],
+        "assumptions": _assumptions(record, texts),
         "limits": [
             *(texts.lines("limits.private") if is_private else ()),
             *texts.lines("limits.always"),
@@ -78,6 +76,18 @@ def _promise(record: Record, costs: list[Facts], texts: Texts) -> list[str]:
     sums = [*record.rounds, *record.evaluations]
     fewest = min(len(line["survivors"]) for line in sums)
     return [*lines, texts("promise.masks", sums=len(sums), fewest=fewest)]
+
+
+def _assumptions(record: Record, texts: Texts) -> list[str]:
+    terms = record.study.privacy
+    if not isinstance(terms, DifferentialPrivacy):
+        return []
+    return assumptions(
+        texts,
+        terms.unit,
+        is_seeded=terms.randomness == "seeded",
+        is_simulated=record.simulation is not None,
+    )
 
 
 def _terms(terms: Any) -> Facts:

@@ -14,10 +14,11 @@ from federation import tiny_study
 from PIL import Image
 
 from client.config import Budget, DataTable
-from client.contents import KEY, PATIENTS
+from client.contents import KEY, PATIENTS, Intake
 from client.dataset import load_site_data
-from client.ledger import LEDGERS, WITHOUT_PRIVACY, Ledger
+from client.ledger import LEDGERS, Ledger
 from common.accounting import Event, epsilon_of
+from common.charges import WITHOUT_PRIVACY
 from common.config import validate
 from common.errors import BudgetExhausted, DataError
 
@@ -126,16 +127,18 @@ def test_no_id_of_a_patient_is_kept(hospital: Hospital) -> None:
         assert path.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("damage", ["no key", "rubbish"])
+@pytest.mark.parametrize("damage", ["no key", "no hashes", "neither", "rubbish"])
 def test_patients_that_nobody_can_recognise_any_more_stop_the_site(
     damage: str, hospital: Hospital
 ) -> None:
     hospital.train("first", **PATIENT)
     folder = hospital.home / LEDGERS
-    if damage == "no key":
-        (folder / KEY).unlink()
-    else:
+    if damage == "rubbish":
         (folder / PATIENTS).write_bytes(b"rubbish" * 1000)
+    if damage in ("no key", "neither"):
+        (folder / KEY).unlink()
+    if damage in ("no hashes", "neither"):
+        (folder / PATIENTS).unlink()
     with pytest.raises(DataError, match="restore it from a backup"):
         hospital.train("second", **PATIENT)
 
@@ -158,3 +161,15 @@ def test_changed_pixels_are_other_contents(hospital: Hospital) -> None:
     assert contents[0].digest != contents[1].digest
     assert contents[0].units == contents[1].units
     assert replace(contents[0], digest="") == replace(contents[1], digest="")
+
+
+def test_an_image_is_the_same_in_a_study_that_repeats_its_grey_values(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    grey = rng.integers(0, 255, (1, 8, 8), np.uint8)
+    colour = np.repeat(grey, 3, axis=0)
+    units = []
+    for pixels in (grey, colour):
+        intake = Intake(names_patients=False)
+        intake.note(pixels, np.array(1), "one")
+        units.append(intake.contents().units)
+    assert units[0] == units[1]

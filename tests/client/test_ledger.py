@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_refused_and_not_charged(tmp_path: Path) -> None:
     ledger.debit("run", 0, EVENT, num_rounds=9)
     before = (tmp_path / "xrays.jsonl").read_bytes()
     with pytest.raises(BudgetExhausted, match=r"of 4 is spent; ask the data owner"):
-        ledger.debit("run", 1, Event(1.0, 0.05, 5000), num_rounds=9)
+        ledger.debit("another", 1, Event(1.0, 0.05, 5000), num_rounds=9)
     assert (tmp_path / "xrays.jsonl").read_bytes() == before
 
 
@@ -146,3 +146,18 @@ def test_a_head_stays_true_while_lines_are_added_and_is_missed_when_they_are_cut
     path = tmp_path / "xrays.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
     assert [ledger.holds(head) for head in heads] == [True, True, True, False]
+
+
+def test_a_run_is_charged_with_the_same_numbers_from_beginning_to_end(tmp_path: Path) -> None:
+    ledger = _ledger(tmp_path, None)
+    ledger.debit("run", 0, EVENT, num_rounds=9)
+    with pytest.raises(DataError, match=r"data\.declared_patients was changed"):
+        ledger.debit("run", 1, Event(1.0, 0.01, 50), num_rounds=9)
+    assert ledger.events_of("run") == [EVENT]
+
+
+def test_what_protected_images_bounds_nothing_for_patients(tmp_path: Path) -> None:
+    _ledger(tmp_path, None).debit("run", 0, EVENT, num_rounds=9, unit="image")
+    for unit, spent in (("image", epsilon_of([EVENT], 1e-5)), ("patient", float("inf"))):
+        budget = Budget(unit=unit, epsilon=4.0, delta=1e-5)
+        assert _ledger(tmp_path, budget).spent(1e-5) == spent

@@ -111,7 +111,7 @@ def spend(path: Path, told: Callable[[int], None]) -> None:
     """Two debits, what was read, and two more; says of each that it returned."""
     ledger = Ledger(path, "xrays", None)
     for number, event in enumerate(events(4)):
-        ledger.debit("run", number, event, num_rounds=9)
+        ledger.debit(f"run {number}", number, event, num_rounds=9)
         told(number)
         if number == 1:
             ledger.opened(Contents("c" * 64, 3, frozenset({b"one", b"two"})))
