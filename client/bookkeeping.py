@@ -26,7 +26,6 @@ from client.convolution import Convolution
 from client.layer_gradients import (
     Embedding,
     GroupNorm,
-    Kept,
     Layer,
     LayerNorm,
     Linear,
@@ -132,9 +131,8 @@ class Tape:
         """A batch goes through a layer."""
         self._calls[layer] += 1
 
-    def take(self, layer: Layer, inputs: Tensor, gradient: Tensor, kept: Kept) -> None:
-        """Note what a layer saw, and the gradient of its output."""
-        each = layer.each(inputs, gradient, kept, self.grouping)
+    def take(self, layer: Layer, inputs: Tensor, gradient: Tensor, each: dict[str, Tensor]) -> None:
+        """Note what a layer saw, the gradient of its output, and what it tells of each unit."""
         if isinstance(layer, Weighted) and "weight" in layer.trained:
             if self._is_large(layer, inputs, gradient):
                 self._squares.append(layer.squares(inputs, gradient, self.grouping))
@@ -207,10 +205,11 @@ class _Note(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
         inputs, *kept = ctx.saved_tensors
         gradient = gradient.contiguous()
-        ctx.tape.take(ctx.layer, inputs, gradient, tuple(kept))
-        if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        return ctx.layer.backward(inputs, gradient, tuple(kept)), None, None, None
+        layer, tape = ctx.layer, ctx.tape
+        about = inputs, gradient, tuple(kept), tape.grouping
+        made, each = layer.both(*about) if ctx.needs_input_grad[0] else (None, layer.each(*about))
+        tape.take(layer, inputs, gradient, each)
+        return made, None, None, None
 
 
 def layers_of(module: nn.Module) -> dict[nn.Module, Layer]:

@@ -76,8 +76,9 @@ class Convolution(Weighted):
 
     def has_large_weight(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> bool:
         """See ``Weighted``."""
-        places = inputs if self._transposed else gradient
-        return self._groups == 1 and self.is_large(places[0, 0].numel() * grouping.largest)
+        # A Gram matrix is made over the pixels of either; strides make one of them the larger.
+        pixels = max(inputs[0, 0].numel(), gradient[0, 0].numel())
+        return self._groups == 1 and self.is_large(pixels * grouping.largest)
 
     def grams(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""
@@ -114,7 +115,15 @@ class Convolution(Weighted):
             (num_units, images, *places, images, *places, *self._kernel),
             (unit, image, *steps, other, *other_steps, *in_kernel),
         )
-        return pairs.sum(dim=tuple(range(-num_dims, 0)))
+        # One place of the kernel after the other: torch's sum over strides takes three times it.
+        in_kernel_order = [pairs]
+        for _ in range(num_dims):
+            in_kernel_order = [part for each in in_kernel_order for part in each.unbind(-1)]
+        first, *others = in_kernel_order
+        total = first.clone()
+        for place in others:
+            total += place
+        return total
 
     def weighted(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""

@@ -25,7 +25,7 @@ from common.errors import ConfigError
 Kept = tuple[Tensor, ...]
 Parts = Iterator[tuple[slice | Tensor, Tensor]]  # some units, and (as many, *shape)
 # Of a weight, for which one of a Gram matrix is made in the same time; fitted to measured layers.
-GRAM_ENTRIES = 64
+GRAM_ENTRIES = 12
 
 
 class Layer(ABC):
@@ -55,6 +55,13 @@ class Layer(ABC):
         self, inputs: Tensor, gradient: Tensor, kept: Kept, grouping: Grouping
     ) -> dict[str, Tensor]:
         """The units' gradients by parameter, (num_units, *shape)."""
+
+    def both(
+        self, inputs: Tensor, gradient: Tensor, kept: Kept, grouping: Grouping
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What ``backward`` and ``each`` return, for layers that make them in one go."""
+        each = self.each(inputs, gradient, kept, grouping)
+        return self.backward(inputs, gradient, kept), each
 
 
 class Weighted(Layer):
@@ -180,22 +187,42 @@ class GroupNorm(Layer):
 
     def backward(self, inputs: Tensor, gradient: Tensor, kept: Kept) -> Tensor:
         """See ``Layer``."""
-        wanted = [True, False, False]
-        made: Tensor = torch.ops.aten.native_group_norm_backward(
-            gradient, inputs, *kept, self._weight, *_sizes(inputs), self._num_groups, wanted
-        )[0]
-        return made
+        return self._backward(inputs, gradient, kept, [True, False, False])[0].view_as(inputs)
 
     def each(
         self, inputs: Tensor, gradient: Tensor, kept: Kept, grouping: Grouping
     ) -> dict[str, Tensor]:
         """See ``Layer``."""
-        sums = _by_channel(gradient).sum(dim=2)
-        channels = inputs.shape[1] // self._num_groups
-        mean, inverse = (each.repeat_interleave(channels, dim=1) for each in kept)
-        products = _by_channel(gradient * inputs).sum(dim=2)
-        weights = (products - mean * sums) * inverse
-        return {"weight": grouping.add_up(weights), "bias": grouping.add_up(sums)}
+        found = self._backward(inputs, gradient, kept, [False, True, True])
+        return self._by_unit(found, len(inputs), grouping)
+
+    def both(
+        self, inputs: Tensor, gradient: Tensor, kept: Kept, grouping: Grouping
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See ``Layer``."""
+        found = self._backward(inputs, gradient, kept, [True, True, True])
+        return found[0].view_as(inputs), self._by_unit(found, len(inputs), grouping)
+
+    def _backward(
+        self, inputs: Tensor, gradient: Tensor, kept: Kept, wanted: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As if all images were one with so many times the channels: each keeps its gradients."""
+        num, channels, pixels = _sizes(inputs)
+        one, other = (whole.view(1, num * channels, pixels) for whole in (gradient, inputs))
+        mean, inverse = (each.view(1, -1) for each in kept)
+        weight = self._weight.repeat(num)
+        groups = num * self._num_groups
+        made: tuple[Tensor, Tensor, Tensor] = torch.ops.aten.native_group_norm_backward(
+            one, other, mean, inverse, weight, 1, num * channels, pixels, groups, wanted
+        )
+        return made
+
+    def _by_unit(
+        self, found: tuple[Tensor, Tensor, Tensor], num: int, grouping: Grouping
+    ) -> dict[str, Tensor]:
+        """Gradients of weight and bias from those of every image."""
+        weights, biases = (each.view(num, -1) for each in found[1:])
+        return {"weight": grouping.add_up(weights), "bias": grouping.add_up(biases)}
 
 
 class LayerNorm(Layer):
