@@ -1,8 +1,8 @@
 """Noise for differential privacy, and every draw that must stay as secret as the noise.
 
-A keystream of AES-256-CTR is turned into uniform and Gaussian numbers. Its key comes from the
-operating system, or, where a study says ``randomness = "seeded"`` (simulation and tests), from the
-study's seed.
+A keystream of AES-256 in counter mode is turned into uniform and Gaussian numbers. Its key comes
+from the operating system, or, where a study says ``randomness = "seeded"`` (simulation and tests),
+from the study's seed.
 
 A Gaussian number in floating point has gaps, from which an attacker could read the value that it
 hides. Each number here is half the sum of four, and is added to that value in float64 before the
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -24,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 ONE = np.uint64(0x3FF << 52)  # the bits of 1.0; with 52 others behind them, a number from 1 to 2
-_BLOCK = 1 << 15  # numbers made at once: they stay in a cache
+MAX_THREADS = 4  # beyond it, memory is what they wait for
+_BLOCK = 1 << 17  # numbers made at once: they stay in a cache
 _ZEROS = memoryview(bytes(8 * _BLOCK))  # what becomes the keystream
 _SLACK = 15  # bytes that the cipher wants behind its output
 
@@ -51,15 +53,7 @@ class Keystream:
 
     def integers(self, num: int) -> NDArray[np.uint64]:
         """Uniform 64-bit integers, shape (num,)."""
-        return self._fill(np.empty(8 * num + _SLACK, np.uint8))
-
-    def _fill(self, room: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        """The same in memory that is there, all of it but ``_SLACK``."""
-        size = len(room) - _SLACK
-        for low in range(0, size, len(_ZEROS)):
-            zeros = _ZEROS[: size - low]
-            self._cipher.update_into(zeros, room[low : low + len(zeros) + _SLACK].data)
-        return room[:size].view(np.uint64)
+        return np.frombuffer(self._cipher.update(bytes(8 * num)), np.uint64)
 
     def uniforms(self, num: int) -> NDArray[np.float64]:
         """Uniform in [0, 1) in steps of 2**-53, shape (num,)."""
@@ -69,20 +63,41 @@ class Keystream:
         """Independent standard normal numbers, shape (num,)."""
         quarter = -(-num // 4)
         room = torch.empty((2, quarter), dtype=torch.float64)
-        made: NDArray[np.float64] = _normal(self.integers(4 * quarter), room)[:num].numpy()
+        made: NDArray[np.float64] = _normal(self.integers(4 * quarter).copy(), room)[:num].numpy()
         return made
 
     def add_noise(self, values: Tensor, scale: float) -> Tensor:
-        """Add normal numbers of a standard deviation, in place; rounded once."""
-        # Fresh memory for every block would cost as much as the numbers do.
-        keystream = np.empty(8 * _BLOCK + _SLACK, np.uint8)
-        room = torch.empty((2, _BLOCK // 4), dtype=torch.float64)
-        for part in torch.split(values, _BLOCK):
-            quarter = -(-len(part) // 4)
-            bits = self._fill(keystream[: 32 * quarter + _SLACK])
-            noise = _normal(bits, room[:, :quarter])[: len(part)].mul_(scale)
-            part.copy_(noise.to(part.device).add_(part))
+        """Add normal numbers of a standard deviation, in place; rounded once.
+
+        The numbers come from a key of their own, and each block's from its place: how many threads
+        make them cannot be seen.
+        """
+        key = self._cipher.update(bytes(32))
+        blocks = list(enumerate(torch.split(values, _BLOCK)))
+        workers = min(torch.get_num_threads(), MAX_THREADS, len(blocks))
+        if workers < 2:  # noqa: PLR2004 - nobody to share with
+            _add_to(blocks, key, scale)
+            return values
+        with ThreadPoolExecutor(workers) as pool:
+            shares = [blocks[worker::workers] for worker in range(workers)]
+            for done in [pool.submit(_add_to, share, key, scale) for share in shares]:
+                done.result()
         return values
+
+
+def _add_to(blocks: list[tuple[int, Tensor]], key: bytes, scale: float) -> None:
+    """Noise for some blocks, each from its number and the key."""
+    # Fresh memory for every block would cost as much as the numbers do.
+    keystream = np.empty(8 * _BLOCK + _SLACK, np.uint8)
+    room = torch.empty((2, _BLOCK // 4), dtype=torch.float64)
+    for number, block in blocks:
+        quarter = -(-len(block) // 4)
+        # GCM encrypts by CTR, and faster; nothing is authenticated, and the tag is never asked for.
+        cipher = Cipher(algorithms.AES256(key), modes.GCM(number.to_bytes(12, "big"))).encryptor()
+        cipher.update_into(_ZEROS[: 32 * quarter], keystream.data)
+        bits = keystream[: 32 * quarter].view(np.uint64)
+        noise = _normal(bits, room[:, :quarter])[: len(block)].mul_(scale)
+        block.copy_(noise.to(block.device).add_(block))
 
 
 def _normal(bits: NDArray[np.uint64], room: Tensor) -> Tensor:

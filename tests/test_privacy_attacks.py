@@ -180,7 +180,7 @@ def test_the_script_writes_figures_and_pictures_and_its_exit_code_is_the_verdict
             ROOT / "studies/demo-seeded.toml",
         ),
         *("--run-dir", tmp_path, "--epsilon", "3", "--canaries", "40", "--background", "8"),
-        *("--images", "2"),
+        *("--images", "2", "--steps", "40"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     table = json.loads((tmp_path / "attacks.json").read_text())

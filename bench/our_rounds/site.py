@@ -17,6 +17,7 @@ import client.round
 import client.runtime
 import client.site
 from client import cli
+from client.contents import Contents
 from client.journal import Journal
 from client.session import Session
 from common.models.flat import FlatNetwork
@@ -63,6 +64,8 @@ class NoImages:
     """In the place of a site's data set."""
 
     train = validation = test = None
+
+    contents = Contents("0" * 64, 0, frozenset())
 
     def to(self, _: Any) -> NoImages:
         """Wherever the model is."""

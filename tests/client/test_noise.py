@@ -129,3 +129,23 @@ def test_at_most_k_images_of_a_patient_are_in_one_step() -> None:
     units = draw_units(images, members, Augmentation(), plan, Keystream.from_seed("k"))
     assert units.sizes == (2,) * 30
     assert len(units.pixels) == 60
+
+
+def test_how_many_threads_make_the_noise_cannot_be_seen() -> None:
+    before, made = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            made.append(Keystream.from_seed(1).add_noise(torch.ones(700_001), 0.5))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(made[0], made[1])
+    assert torch.equal(made[0], made[2])
+
+
+def test_no_two_blocks_and_no_two_steps_share_their_noise() -> None:
+    stream, size = Keystream.from_seed(1), 1 << 17
+    one, other = (stream.add_noise(torch.zeros(3 * size), 1.0) for _ in range(2))
+    parts = [*one.split(size), *other.split(size)]
+    correlations = torch.corrcoef(torch.stack(parts)) - torch.eye(len(parts))
+    assert float(correlations.abs().max()) < 0.02  # seven standard deviations
