@@ -196,14 +196,18 @@ def test_a_hospitals_report_is_verified_by_whoever_has_its_folder(
     assert facts["signer"] in done.stdout
 
 
+EXPORTED = ("ledgers/xrays.jsonl", "statements.json", "SHA256SUMS", "SHA256SUMS.sig")
+
+
 @pytest.mark.parametrize(
-    "name", ["ledgers/xrays.jsonl", "statements.json", JSON, HTML, "SHA256SUMS", "SHA256SUMS.sig"]
-)
-@pytest.mark.parametrize(
-    "step", [pytest.param(97), pytest.param(1, marks=pytest.mark.slow)], ids=["some", "every"]
+    ("name", "step"),
+    [
+        *((name, 97) for name in (*EXPORTED, JSON, HTML)),
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in EXPORTED),
+    ],
 )
 def test_a_byte_of_a_hospitals_report_that_is_changed_is_noticed(
-    step: int, name: str, site: Looked
+    name: str, step: int, site: Looked
 ) -> None:
     folder, _, _ = reported(site)
     content = (folder / name).read_bytes()
