@@ -11,18 +11,20 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from client.config import Budget, Certificates, SiteConfig
+from client.heads import check_heads
 from client.hospital import STUDIES
 from client.journal import JOURNAL
-from client.ledger import LEDGERS, Ledger, charge_key
+from client.ledger import Ledger, any_holds, charge_key
 from client.site import AUDIT
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog, verify
-from common.charges import WITHOUT_PRIVACY, Charge, by_run
+from common.charges import LEDGERS, WITHOUT_PRIVACY, Charge, by_run
 from common.errors import DataError, RemoteProtocolError
 from common.identity import read_certificate, read_party
 from common.manifest import Manifest
@@ -196,18 +198,9 @@ def _check_stated(stated: Statement, config: SiteConfig) -> str:
     which = f"statement on sum {stated.sum_number} of run {stated.run[:SHORT]}"
     home = config.state_dir
     _check_own(stated, which, config.certificates)
-    ledgers = [Ledger(path, path.stem, None) for path in (home / LEDGERS).glob("*.jsonl")]
-    is_held = {
-        "audit log": AuditLog(home / AUDIT, lambda: datetime.now(UTC)).holds(stated.audit),
-        "ledger": any(ledger.holds(stated.ledger) for ledger in ledgers),
-    }
-    for book, holds in is_held.items():
-        if not holds:
-            head = stated.audit if book == "audit log" else stated.ledger
-            raise DataError(
-                f"the {book} does not hold the head {head[:SHORT]}... of this site's signed "
-                f"{which}: lines were cut off, or an older copy was put back; restore the newest"
-            )
+    audit = AuditLog(home / AUDIT, lambda: datetime.now(UTC))
+    of = f"of this site's signed {which}"
+    check_heads(audit.holds, stated.audit, partial(any_holds, home), stated.ledger, of)
     return f"{which}: audit log and ledger hold its heads"
 
 

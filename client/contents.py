@@ -57,7 +57,8 @@ class Intake:
 
     def note(self, pixels: NDArray[Any], target: NDArray[Any], patient: str) -> None:
         """One image, as its file has it."""
-        grey = pixels[:1] if (pixels == pixels[:1]).all() else pixels  # a study may repeat grey
+        is_grey = len(pixels) == 1 or bool((pixels == pixels[:1]).all())  # a study may repeat it
+        grey = pixels[:1] if is_grey else pixels
         image = _digest(grey)
         self.images.append(hashlib.sha256(image + _digest(target) + patient.encode()).digest())
         self.units.add(b"id " + patient.encode() if self.names_patients else b"image " + image)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -22,11 +22,9 @@ from client.config import Budget
 from client.contents import Contents, Patients
 from common.accounting import Event, epsilon_of
 from common.audit import AuditLog
-from common.charges import DEBIT, Charge, counted, read_charges
+from common.charges import DEBIT, LEDGERS, Charge, counted, read_charges
 from common.disk import is_full
 from common.errors import BudgetExhausted, DataError
-
-LEDGERS = "ledgers"  # folder in a site's state folder
 
 
 def charge_key(run: str, study: str) -> str:
@@ -85,7 +83,8 @@ class Ledger:
           OSError: The disk is full; nothing is charged.
         """
         with self._alone():
-            known = {one.sum_number: one.event for one in self.charges() if one.run == run}
+            charges = self.charges()
+            known = {one.sum_number: one.event for one in charges if one.run == run}
             if any(one != event for one in known.values()):
                 raise DataError(
                     f"the ledger of {self._data_name} holds other numbers for this run (noise, "
@@ -99,7 +98,7 @@ class Ledger:
                     f"sum {sum_number}: this run was charged for {num_rounds} sums on data set "
                     f"{self._data_name}, as many as its epsilon pays for; start a new run"
                 )
-            self.check([event], f"sum {sum_number}")
+            self._check(charges, [event], f"sum {sum_number}")
             facts = {**asdict(event), "unit": unit, "randomness": randomness}
             self._append(DEBIT, run=run, sum=sum_number, **facts)
 
@@ -123,25 +122,31 @@ class Ledger:
         Raises:
           BudgetExhausted: With the epsilon needed, the budget, and the next move.
         """
+        self._check(self.charges(), planned, what)
+
+    def _check(self, charges: list[Charge], planned: list[Event], what: str) -> None:
         if self._budget is None:
             return
         budget, delta = self._budget.epsilon, self._budget.delta
-        after = self.spent(delta, planned)
+        after = self._epsilon(charges, delta, planned)
         if after > budget:
             raise BudgetExhausted(
                 f"{what} on data set {self._data_name} would bring epsilon to {after:.3g} at delta "
-                f"{delta:g}; {self.spent(delta):.3g} of {budget:g} is spent; ask the data owner "
-                "before raising the budget"
+                f"{delta:g}; {self._epsilon(charges, delta):.3g} of {budget:g} is spent; ask the "
+                "data owner before raising the budget"
             )
 
-    def spent(self, delta: float, planned: list[Event] | None = None) -> float:
+    def spent(self, delta: float, planned: Sequence[Event] = ()) -> float:
         """Epsilon at ``delta`` of everything ever charged to this data set, and of what is planned.
 
         Infinite once it was used in a study without differential privacy; of a budget for patients
         also once it was used in one that protects single images.
         """
+        return self._epsilon(self.charges(), delta, planned)
+
+    def _epsilon(self, charges: list[Charge], delta: float, planned: Sequence[Event] = ()) -> float:
         unit = self._budget.unit if self._budget else ""  # without one, as the charges say
-        return epsilon_of([*counted(self.charges(), unit), *(planned or ())], delta)
+        return epsilon_of([*counted(charges, unit), *planned], delta)
 
     def events_of(self, run: str) -> list[Event]:
         """What one run was charged."""
@@ -185,3 +190,9 @@ class Ledger:
             yield
         finally:
             os.close(lock)
+
+
+def any_holds(home: Path, head: str) -> bool:
+    """Whether a ledger of this state folder ever had this head."""
+    paths = sorted((home / LEDGERS).glob("*.jsonl"))
+    return any(Ledger(path, path.stem, None).holds(head) for path in paths)

@@ -18,13 +18,12 @@ from typing import Any
 from client.approvals import Approvals
 from client.books import USUAL_DELTA, check_statements, last_statements
 from client.config import Budget, SiteConfig, deployed
-from client.ledger import LEDGERS
 from client.site import AUDIT
 from client.study_check import planned_lines
 from common import privacy_report
 from common.accounting import epsilon_of, second_opinion
 from common.audit import AuditLog
-from common.charges import WITHOUT_PRIVACY, Charge, by_run, counted, read_charges
+from common.charges import LEDGERS, WITHOUT_PRIVACY, Charge, by_run, counted, read_charges
 from common.disk import replace_file
 from common.errors import ConfigError
 from common.identity import Identity

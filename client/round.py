@@ -5,6 +5,7 @@ from __future__ import annotations
 from client import enrolment
 from client.evaluate import evaluate
 from client.examples import keep_example
+from client.heads import check_heads
 from client.session import Session
 from client.site import Site
 from client.train import learning_rate, train, train_privately
@@ -115,16 +116,8 @@ def check_books(manifest: Manifest, site: Site) -> None:
       DataError: R6. Lines were cut off, or an older copy was put back.
     """
     stated = next(member for member in manifest.members if member.name == site.name)
-    for book, holds, head in (
-        ("audit log", site.audit.holds, stated.audit),
-        ("ledger", site.ledgers_hold, stated.ledger),
-    ):
-        if not holds(head):
-            raise DataError(
-                f"the {book} does not hold the head {head[:12]}... that this site stated before: "
-                "lines were cut off, or an older copy was put back; restore the newest one",
-                rule="R6",
-            )
+    which = "that this site stated before"
+    check_heads(site.audit.holds, stated.audit, site.ledgers_hold, stated.ledger, which)
 
 
 def take_part(task: RoundTask, session: Session, site: Site) -> Upload:

@@ -15,13 +15,14 @@ import torch
 from client.clipping import check_engine, check_layers
 from client.config import Budget, Policy
 from client.dataset import SiteData
+from client.heads import check_heads
 from client.journal import JOURNAL, RELEASED, Journal
-from client.ledger import LEDGERS, Ledger, charge_key
+from client.ledger import Ledger, any_holds, charge_key
 from client.noise import Keystream
 from client.session import Party
 from common.audit import AuditLog
-from common.charges import WITHOUT_PRIVACY
-from common.errors import BudgetExhausted, ConfigError, DataError, LocalProtocolError
+from common.charges import LEDGERS, WITHOUT_PRIVACY
+from common.errors import ConfigError, LocalProtocolError
 from common.evidence import Evidence
 from common.models.build import build_network, digest_of_weights
 from common.models.flat import FlatNetwork
@@ -105,9 +106,7 @@ class Site:
 
     def ledgers_hold(self, head: str) -> bool:
         """Whether any data set's ledger has this head: another study may have used another one."""
-        paths = sorted((self.home / LEDGERS).glob("*.jsonl"))
-        books = (Ledger(path, path.stem, None) for path in paths)
-        return self.ledger.holds(head) or any(book.holds(head) for book in books)
+        return self.ledger.holds(head) or any_holds(self.home, head)
 
     @functools.cached_property
     def audit(self) -> AuditLog:
@@ -236,12 +235,8 @@ def open_site(
     check_own_books(site)
     if plan is not None:
         check_private_training(site, plan, source.budget)
-    elif source.budget is not None:
-        raise BudgetExhausted(
-            f"study {study.name} has no differential privacy: what it costs data set "
-            f"{source.data_name} has no bound, and [budget] allows epsilon "
-            f"{source.budget.epsilon:g}; ask the data owner before removing [budget]"
-        )
+    else:
+        site.ledger.check([WITHOUT_PRIVACY], f"study {study.name}, without differential privacy,")
     return site
 
 
@@ -252,16 +247,10 @@ def check_own_books(site: Site) -> None:
       DataError: R6. Lines were cut off, or an older copy was put back.
     """
     last = site.journal.sum()
-    if last is None or not last.statement:
-        return
-    stated = Statement.parse(last.statement)
-    if not (site.audit.holds(stated.audit) and site.ledgers_hold(stated.ledger)):
-        raise DataError(
-            f"the audit log or a ledger of {site.name} does not hold the head of its own statement "
-            f"on sum {stated.sum_number}: lines were cut off, or an older copy was put back; "
-            "restore the newest, fl-client audit verify says which",
-            rule="R6",
-        )
+    if last is not None and last.statement:
+        stated = Statement.parse(last.statement)
+        which = f"of its own statement on sum {stated.sum_number}"
+        check_heads(site.audit.holds, stated.audit, site.ledgers_hold, stated.ledger, which)
 
 
 def check_private_training(site: Site, plan: PrivacyPlan, budget: Budget | None) -> None:

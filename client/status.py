@@ -14,9 +14,9 @@ from client.certificate_check import check_certificate
 from client.config import SiteConfig
 from client.finding import one_line
 from client.hospital import CURRENT, LOCK, STUDIES
-from client.ledger import LEDGERS
 from client.site import AUDIT
 from common.audit import AuditLog
+from common.charges import LEDGERS
 from common.config import load
 from common.errors import FederationError
 from common.study import Study

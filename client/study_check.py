@@ -12,6 +12,7 @@ from client.finding import Finding, fault, ok, warning
 from client.ledger import Ledger
 from client.policy import broken_rules, check_unit
 from common.accounting import Event
+from common.charges import WITHOUT_PRIVACY
 from common.config import load
 from common.errors import BudgetExhausted, ConfigError, FederationError, PolicyError
 from common.identity import fingerprint, read_certificate, read_party
@@ -70,31 +71,18 @@ def check_budget(config: SiteConfig, study: Study) -> Iterator[Finding]:
         plan = _plan(config, study)
     except ConfigError:
         return  # check_terms has said so
-    if isinstance(study.privacy, NoPrivacy):
-        yield _without_privacy(config, study)
-    elif plan is None:
+    if plan is None and not isinstance(study.privacy, NoPrivacy):
         yield ok("budget: not checked, data.declared_patients is not set")
     elif config.budget is None:
         yield warning(
             "budget: no [budget] in the site file; nothing bounds what the data set costs"
         )
-    elif (config.budget.unit, plan.terms.unit) == ("patient", "image"):
+    elif plan is not None and (config.budget.unit, plan.terms.unit) == ("patient", "image"):
         yield fault(
             ConfigError("budget: protects patients, the study only images; see budget.unit")
         )
     else:
         yield _check_left(config, study, plan)
-
-
-def _without_privacy(config: SiteConfig, study: Study) -> Finding:
-    if config.budget is None:
-        return warning("budget: a study without differential privacy; nothing bounds what it costs")
-    return fault(
-        BudgetExhausted(
-            f"budget: epsilon {config.budget.epsilon:g}; study {study.name} has no differential "
-            "privacy, and what it costs has no bound; ask the data owner before removing [budget]"
-        )
-    )
 
 
 def planned_lines(config: SiteConfig, study_file: Path | None = None) -> Iterator[str]:
@@ -122,13 +110,13 @@ def _planned(config: SiteConfig, study: Study) -> str:
     if plan is None:
         return "what it costs is unknown: set data.declared_patients"
     ledger = Ledger(ledger_file(config), config.data.name, config.budget)
-    num_left = plan.num_rounds - charged_in_run_under_way(config.state_dir, study, ledger)
-    if num_left <= 0:
+    rest = _rest(config, study, plan, ledger)
+    if not rest:
         return "is paid for in full"
     delta = config.budget.delta if config.budget else plan.terms.delta
-    after = ledger.spent(delta, _rounds(plan, num_left))
+    after = ledger.spent(delta, rest)
     said = (
-        f"{num_left} of {plan.num_rounds} rounds left: epsilon {after:.3g} at delta {delta:g} "
+        f"{len(rest)} of {plan.num_rounds} rounds left: epsilon {after:.3g} at delta {delta:g} "
         "after them"
     )
     if config.budget is None:
@@ -194,18 +182,20 @@ def _plan(config: SiteConfig, study: Study) -> PrivacyPlan | None:
         raise ConfigError(f"study {study.name}: {error}; ask the coordinator") from None
 
 
-def _check_left(config: SiteConfig, study: Study, plan: PrivacyPlan) -> Finding:
+def _check_left(config: SiteConfig, study: Study, plan: PrivacyPlan | None) -> Finding:
     """The rest of the run that is under way, or the whole study."""
     budget, name = config.budget, config.data.name
     assert budget is not None  # noqa: S101 - check_budget() has looked
     try:
         ledger = Ledger(ledger_file(config), name, budget)
-        charged = charged_in_run_under_way(config.state_dir, study, ledger)
-        num_left = plan.num_rounds - charged
-        if num_left <= 0:
+        if plan is None:
+            rest, what = [WITHOUT_PRIVACY], f"study {study.name}, without differential privacy,"
+        else:
+            rest = _rest(config, study, plan, ledger)
+            what = f"{len(rest)} of {plan.num_rounds} rounds of study {study.name}"
+        if not rest:
             return ok(f"budget: the run of study {study.name} is paid for in full")
-        what = f"{num_left} of {plan.num_rounds} rounds of study {study.name}"
-        ledger.check(_rounds(plan, num_left), what)
+        ledger.check(rest, what)
     except BudgetExhausted as error:
         return fault(BudgetExhausted(f"budget: {error}"))
     except FederationError as error:
@@ -216,5 +206,7 @@ def _check_left(config: SiteConfig, study: Study, plan: PrivacyPlan) -> Finding:
     return ok(f"budget: covers {what}; {spent:.3g} of {budget.epsilon:g} is spent")
 
 
-def _rounds(plan: PrivacyPlan, num_rounds: int) -> list[Event]:
-    return [plan.event] * num_rounds
+def _rest(config: SiteConfig, study: Study, plan: PrivacyPlan, ledger: Ledger) -> list[Event]:
+    """What a study still costs: the rest of the run that is under way, or all of its rounds."""
+    charged = charged_in_run_under_way(config.state_dir, study, ledger)
+    return [plan.event] * max(0, plan.num_rounds - charged)

@@ -13,6 +13,7 @@ from common.accounting import Event
 from common.audit import AuditLog
 from common.errors import DataError
 
+LEDGERS = "ledgers"  # folder in a site's state folder, and in its report
 DEBIT = "debit"
 WITHOUT_PRIVACY = Event(noise_multiplier=0.0, sampling_probability=1.0, steps=1)  # no bound
 

@@ -14,6 +14,7 @@ from common.accounting import Event, epsilon_of, noise_multiplier_for
 from common.study import DifferentialPrivacy, Study
 
 MOST_ROUNDS = 10_000  # that anybody asks for
+SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients, to show what a study costs
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from common.cli import ResumeOption, RunDirOption, SetOption, overrides_of, star
 from common.config import load
 from common.disk import disk_full, existing, free_bytes, has_room, is_full, megabytes
 from common.logs import LogFormat, LogFormatOption, start_logging
+from common.plan import SITE_SIZES
 from common.study import Study
 from server.config import CoordinatorConfig
 
@@ -99,7 +100,7 @@ def plan(
     study: StudyFile = None,
     declared: Annotated[
         list[int], typer.Option(min=1, help="Declared patients of a site; may be repeated.")
-    ] = [100, 300, 1000, 3000, 10_000],  # noqa: B006
+    ] = list(SITE_SIZES),  # noqa: B006
     budget: Annotated[
         float,
         typer.Option(

@@ -11,18 +11,16 @@ from rich.table import Table
 from common.accounting import noise_multiplier_for
 from common.errors import ConfigError
 from common.manifest import default_threshold
-from common.plan import MOST_ROUNDS, PrivacyPlan, plan_privacy
+from common.models.build import build_network
+from common.plan import MOST_ROUNDS, SITE_SIZES, PrivacyPlan, plan_privacy
 from common.study import Classification, NoPrivacy, Study
 from common.traffic import traffic_of
 
 MOST_ROWS = 20  # of a table: each takes a second
-SITE_SIZES = (100, 300, 1000, 3000, 10_000)  # declared patients
 
 
 def plan_lines(study: Study) -> Iterator[str]:
     """The plan of a study in plain lines."""
-    from common.models.build import build_network  # torch takes seconds
-
     training = study.training
     schema = build_network(study).schema
     traffic = traffic_of(study, schema)
@@ -71,9 +69,9 @@ def privacy_sentence(study: Study) -> str:
     return f"{seeded}{asked} at delta {terms.delta:g} for one {terms.unit}'s whole record at a site"
 
 
-def privacy_table(study: Study, sizes: Sequence[int] = SITE_SIZES) -> Iterator[str]:
+def privacy_table(study: Study) -> Iterator[str]:
     """What the study costs sites of several sizes, round by round."""
-    for plan in _plans(study, sizes):
+    for plan in _plans(study, SITE_SIZES):
         rounds = sorted(
             {1, *range(0, plan.num_rounds, max(1, plan.num_rounds // 5)), plan.num_rounds}
         )

@@ -36,11 +36,11 @@ import client.room
 import server.cli
 import server.deployed
 from client.journal import EpochMemory, Journal, Releases, SumMemory
-from client.ledger import LEDGERS, Ledger
+from client.ledger import Ledger
 from client.room import SPARE_BYTES, Room, Stopped
 from common.accounting import Event
 from common.audit import AuditLog, verify
-from common.charges import Charge
+from common.charges import LEDGERS, Charge
 from common.config import load
 from common.disk import append, has_room, is_full, replace_file
 from common.errors import DataError, DiskFull

@@ -20,6 +20,7 @@ from client.images import Images
 from common.errors import ConfigError
 from common.study import Study
 
+FEW = {"num_inverted": 2, "seed": 1}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -65,8 +66,7 @@ def attacked() -> Audit:
         [1.0, 3.0, 8.0],
         num_canaries=160,
         num_background=30,
-        num_inverted=2,
-        seed=1,
+        **FEW,
     )
 
 
@@ -156,15 +156,7 @@ def test_canaries_are_in_or_out_by_a_fair_coin_and_labels_are_balanced() -> None
 
 def test_a_study_without_privacy_has_nothing_to_withstand() -> None:
     with pytest.raises(ConfigError, match=r"\[privacy\] is needed"):
-        audit(
-            tiny_study(),
-            smooth_images(4),
-            [1.0],
-            num_canaries=40,
-            num_background=2,
-            num_inverted=2,
-            seed=1,
-        )
+        audit(tiny_study(), smooth_images(4), [1.0], num_canaries=40, num_background=2, **FEW)
 
 
 @pytest.mark.slow

@@ -303,6 +303,20 @@ def test_a_hospital_that_was_never_charged_says_that(tmp_path: Path) -> None:
     assert site_folder.verify(folder).num_charges == 0
 
 
+def test_no_word_of_the_report_is_kept_for_nothing() -> None:
+    root = Path(__file__).parent.parent
+    used = "".join(
+        path.read_text()
+        for folder in ("client", "common/privacy_report", "server/reporting")
+        for path in (root / folder).rglob("*")
+        if path.suffix in (".py", ".jinja")
+    )
+    for section, words in Texts("en")._table.items():
+        for word in words if isinstance(words, dict) else ():
+            # By its name, or as one of a section whose names come from the facts.
+            assert f"{section}.{word}" in used or re.search(rf'"{section}\.("|{{)', used), word
+
+
 def test_every_language_has_every_sentence() -> None:
     english = Texts("en")._table
     for language in LANGUAGES:

@@ -259,7 +259,10 @@ def test_a_study_without_privacy_is_refused_where_there_is_a_budget(tmp_path: Pa
     study = tiny_study()
     budget = {"epsilon": 2.0, "delta": 1e-5}
     simulation = tiny_simulation(study).model_copy(update={"budget": budget})
-    with pytest.raises(BudgetExhausted, match="no differential privacy: what it costs data set"):
+    with pytest.raises(
+        BudgetExhausted,
+        match="without differential privacy, on data set phantoms would bring epsilon to inf",
+    ):
         simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
 
 
@@ -270,3 +273,18 @@ def test_a_study_without_privacy_is_a_charge_without_bound(tmp_path: Path) -> No
     for site in sites.values():
         assert site.ledger.spent(1e-5) == np.inf
         assert len(site.ledger.charges()) == 1
+
+
+@pytest.mark.parametrize("book", ["ledgers/phantoms.jsonl", "audit.jsonl"])
+def test_a_site_whose_books_lack_what_it_stated_last_opens_no_study(
+    book: str, tmp_path: Path
+) -> None:
+    """Whatever the coordinator remembers of them: a new one remembers nothing."""
+    study = tiny_study(privacy=PRIVACY)
+    federate(study, tmp_path)
+    simulation = tiny_simulation(study)
+    simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
+    path = tmp_path / "sites" / "site-1" / book
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    with pytest.raises(DataError, match=r"does not hold the head .* of its own statement on sum"):
+        simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")

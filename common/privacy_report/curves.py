@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,28 +17,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from common.drawing import AMBER, BLUE, STYLE, svg_of
 from common.errors import DataError
 
-MUTED, RULE, AMBER = "#5a6875", "#d3dae1", "#b4640a"
-COLOURS: Final = ("#1f5f8b", "#5b7f63", "#8a6a94", "#b4640a", "#2f8f8b", "#7a4a3a")
-STYLE: Final = {
-    "font.size": 8,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.5,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "privacy",  # equal pictures get equal ids
-}
+COLOURS: Final = (BLUE, "#5b7f63", "#8a6a94", AMBER, "#2f8f8b", "#7a4a3a")
 KINDS: Final = ("original", "plain", "noised", "masked")  # columns of the recovered images
 
 
@@ -65,7 +46,7 @@ def spending(curves: Curves, xlabel: str, *, limit: float | None = None) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
         if len(curves) > 1:
             axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=7.5)
-        return _svg(figure, f"epsilon by {xlabel}")
+        return svg_of(figure, f"epsilon by {xlabel}")
 
 
 def recovered(pixels: Path) -> list[dict[str, str]]:
@@ -95,14 +76,3 @@ def _png(image: NDArray[np.float32], original: NDArray[np.float32]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _svg(figure: Figure, label: str) -> str:
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -18,6 +18,7 @@ from common.seal import digest_of
 Facts: TypeAlias = dict[str, Any]
 
 PACKAGES = ("opacus", "dp-accounting", "torch", "cryptography", "flwr")
+HTML, JSON = "privacy-report.html", "privacy-report.json"
 PARTS = ("membership", "inversion", "limits", "failures")
 ATTACKS, PIXELS = "attacks.json", "attacks.npz"  # what scripts/audit-privacy leaves
 MANY = 1e6  # beyond it a factor is no promise that anybody can read
@@ -38,14 +39,14 @@ def assumptions(
     texts: Texts, unit: str, *, is_seeded: bool, is_simulated: bool = False
 ) -> list[str]:
     """What the promise stands on."""
-    lines = [line.format(unit=unit) for line in texts.lines("assumptions.list")]
-    if is_simulated:
-        lines = [line for line in lines if "declared constants" not in line]
-        lines.append(texts("assumptions.simulated"))
-    if is_seeded:
-        lines = [line for line in lines if "AES-256" not in line]
-        lines.insert(0, texts("assumptions.seeded"))
-    return lines
+    names = (
+        *(["seeded"] if is_seeded else []),  # whoever reads on must know
+        "sampling",
+        "simulated" if is_simulated else "declared",
+        *([] if is_seeded else ["os"]),
+        *("checked", "charged", "after"),
+    )
+    return [texts(f"assumptions.{name}", unit=unit) for name in names]
 
 
 def sent(messages: Iterable[Mapping[str, Any]], texts: Texts, file: str) -> Facts:

@@ -51,8 +51,4 @@ def _drawn(curves: Curves, xlabel: str, limit: float | None) -> Markup | None:
 
 
 def _number(value: float | None, digits: int = 3) -> str:
-    if value is None:
-        return "\u2013"
-    if value == float("inf"):
-        return "\N{INFINITY}"
-    return f"{value:.{digits}f}"
+    return "\u2013" if value is None else f"{value:.{digits}f}"

@@ -1,9 +1,9 @@
 """The folder of one hospital's privacy report: what lies in it, and whether it still says the same.
 
-privacy-report.html, .json    the report
-ledgers/<data set>.jsonl      each ledger as it was, line by line
-statements.json               the last statement of each study, signed
-SHA256SUMS, SHA256SUMS.sig    digests of all of them, signed with the hospital's key
+* ``privacy-report.html``, ``.json``: the report
+* ``ledgers/<data set>.jsonl``: each ledger as it was, line by line
+* ``statements.json``: the last statement of each study, signed
+* ``SHA256SUMS``, ``.sig``: digests of all of them, signed with the hospital's key
 """
 
 from __future__ import annotations
@@ -16,15 +16,14 @@ from pathlib import Path
 
 from common.accounting import AGREEMENT, Event, epsilon_of, second_opinion
 from common.audit import AuditLog
-from common.charges import by_run, counted, read_charges
+from common.charges import LEDGERS, by_run, counted, read_charges
 from common.errors import ConfigError, DataError, FederationError, RemoteProtocolError
 from common.identity import Certified
-from common.privacy_report.facts import Facts
+from common.privacy_report.facts import JSON, Facts
 from common.seal import SIGNATURE, SUMS, check_files, check_signature_of, read_sums
 from common.statement import Statement
 
-LEDGERS, STATEMENTS = "ledgers", "statements.json"
-JSON = "privacy-report.json"
+STATEMENTS = "statements.json"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,7 @@ Names of classes and sites stand in the page beside a picture, never inside it.
 
 from __future__ import annotations
 
-import io
 import itertools
-import re
 from collections.abc import Sequence
 from typing import Any, Final, TypeAlias
 
@@ -19,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from common.drawing import AMBER, BLUE, INK, MUTED, STYLE, svg_of
 from common.phantom import LESION, Phantom
 from common.study import Classification, Study
 from common.tasks import ClassificationTask, task_of
@@ -29,35 +28,9 @@ from server.reporting.record import Facts
 
 Svg: TypeAlias = str
 
-INK, MUTED, RULE, BLUE, AMBER = "#1c2733", "#5a6875", "#d3dae1", "#1f5f8b", "#b4640a"
 PHASES: Final = ("#1f5f8b", "#7fa8c4", "#c9a86a", "#a3adb6", "#5b7f63", "#8a6a94")
 LARGEST_TABLE: Final = 12  # classes; a larger confusion matrix is drawn, not written
 MOST_BARS: Final = 120  # rounds; with more, bars are thinner than a printed line
-
-STYLE: Final = {
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": INK,
-    "axes.labelcolor": MUTED,
-    "axes.edgecolor": MUTED,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.5,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.4,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "svg.fonttype": "none",
-    "svg.hashsalt": "report",  # equal pictures get equal ids, so equal runs get equal reports
-}
 
 
 def draw_pictures(
@@ -114,20 +87,6 @@ def _figure(
     return figure, figure.add_axes(tuple(np.divide(place, (width, height) * 2)))
 
 
-def _svg(figure: Figure, label: str) -> Svg:
-    """The picture as an element of a page; ``label`` is read aloud in its place."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg")
-    text = file.getvalue()
-    text = text[text.index("<svg") :]
-    # Metadata names outside addresses; the style would reach the whole page, and so do its rules
-    # in the page's own style sheet. Ids of groups repeat from picture to picture.
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-
-
 def _panel(name: str, values: Sequence[float | None], returned: int) -> Svg:
     """One validation figure over the rounds; the returned round is marked."""
     title = title_of(name)
@@ -147,7 +106,7 @@ def _panel(name: str, values: Sequence[float | None], returned: int) -> Svg:
     largest = np.nanmax(known, initial=0.0) if name == "loss" else 1.0
     axes.set_ylim(-0.04 * largest, (1.04 * largest) or 1)
     axes.set_xlabel("round")
-    return _svg(figure, f"{title} on validation by round; {shown} in round {returned}")
+    return svg_of(figure, f"{title} on validation by round; {shown} in round {returned}")
 
 
 def _roc(scores: NDArray[np.int64], entry: Facts, labels: str) -> Svg:
@@ -165,7 +124,7 @@ def _roc(scores: NDArray[np.int64], entry: Facts, labels: str) -> Svg:
     ticks = [0, 0.25, 0.5, 0.75, 1]
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=ticks, yticks=ticks)
     axes.set(xlabel="1 \N{MINUS SIGN} specificity", ylabel="recall (sensitivity)")
-    return _svg(figure, "ROC curve")
+    return svg_of(figure, "ROC curve")
 
 
 def _heat_map(confusion: NDArray[np.int64]) -> Svg:
@@ -179,7 +138,7 @@ def _heat_map(confusion: NDArray[np.int64]) -> Svg:
     axes.grid(visible=False)
     axes.set(aspect="equal", xlabel="class by the model", ylabel="true class")
     figure.colorbar(image, shrink=0.8, label="share of the row")
-    return _svg(figure, "Confusion matrix as shares of each row")
+    return svg_of(figure, "Confusion matrix as shares of each row")
 
 
 def _bars(spent: dict[str, list[float]]) -> Svg:
@@ -195,7 +154,7 @@ def _bars(spent: dict[str, list[float]]) -> Svg:
     axes.set_xlim(0.4, max(len(bottom), 8) + 0.6)
     axes.grid(visible=False, axis="x")
     axes.set(xlabel="round", ylabel="seconds")
-    return _svg(figure, "Seconds per round by phase")
+    return svg_of(figure, "Seconds per round by phase")
 
 
 def _film(phantom: Phantom) -> Svg:
@@ -208,4 +167,4 @@ def _film(phantom: Phantom) -> Svg:
     lesion = phantom.mask == LESION
     if lesion.any():
         axes.contour(lesion, levels=[0.5], colors=["#ffb000"], linewidths=1.1)
-    return _svg(figure, "Phantom with a lesion" if lesion.any() else "Phantom without a lesion")
+    return svg_of(figure, "Phantom with a lesion" if lesion.any() else "Phantom without a lesion")

@@ -19,9 +19,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import looked
 import pytest
 import tomli_w
 from deployment import Consortium, found, free_port
+from looked import NAMES, SITE
 from PIL import Image
 from site_books import Books
 from typer.testing import CliRunner
@@ -41,25 +43,9 @@ from server.config import CoordinatorConfig
 from server.superlink.launcher import Listening, SuperLink, new_secret
 from server.superlink.listener import tls_context
 
-NAMES = ("north", "south", "west")
-SITE = "north"
 NUM_PATIENTS = 24
-CLASSES = ("no lesion", "lesion")
-STUDY = {
-    "name": "chests",
-    "num_rounds": 4,
-    "task": {"kind": "classification", "labels": "binary", "classes": list(CLASSES)},
-    "model": {"name": "cnn", "width": 4, "activation": "tanh"},
-    "input": {"size": [32, 32], "channels": 1, "intensity": "image"},
-    "training": {"learning_rate": 1.0, "batch_size": 8, "local_steps": 4},
-    "privacy": {
-        "unit": "patient",
-        "noise_multiplier": 1.5,
-        "delta": 1e-3,
-        "example_clip_norm": 0.5,
-        "max_images_per_patient": 2,
-    },
-}
+CLASSES = looked.STUDY["task"]["classes"]
+STUDY = {**looked.STUDY, "privacy": {**looked.STUDY["privacy"], "max_images_per_patient": 2}}
 LINE_STARTS = ("ok       ", "warning  ", "FAULT    ")
 
 

@@ -16,9 +16,9 @@ from PIL import Image
 from client.config import Budget, DataTable
 from client.contents import KEY, PATIENTS, Intake
 from client.dataset import load_site_data
-from client.ledger import LEDGERS, Ledger
+from client.ledger import Ledger
 from common.accounting import Event, epsilon_of
-from common.charges import WITHOUT_PRIVACY
+from common.charges import LEDGERS, WITHOUT_PRIVACY
 from common.config import validate
 from common.errors import BudgetExhausted, DataError
 

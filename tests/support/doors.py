@@ -22,9 +22,10 @@ from resign import Hostile
 
 from client.contents import Contents
 from client.journal import Journal
-from client.ledger import LEDGERS, Ledger
+from client.ledger import Ledger
 from client.round import answer
 from common.audit import AuditLog
+from common.charges import LEDGERS
 from common.errors import RemoteProtocolError
 from common.evidence import Evidence
 from common.messages import (

@@ -15,9 +15,10 @@ from typing import Any, Self
 
 from deployment import Consortium
 
-from client.ledger import LEDGERS, Ledger
+from client.ledger import Ledger
 from client.site import AUDIT
 from common.audit import verify as verify_log
+from common.charges import LEDGERS
 from common.errors import FederationError
 from server import run_dir
 from server.report import verify as verify_run
