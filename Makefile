@@ -3,6 +3,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+CORES := $(shell nproc 2>/dev/null || echo 2)
+# The slow tests wait for processes more than they compute: one more of them at a time.
+WORKERS ?= $(if $(filter true,$(CI)),$(shell echo $$(($(CORES) + 1))),$(CORES))
 
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
@@ -15,7 +18,7 @@ demo: $(STAMP)  ## a CA, a coordinator and four hospitals over TLS learn from ge
 	scripts/demo --run-dir runs/demo
 
 test: $(STAMP)  ## the tests; those marked slow run with CI=true
-	$(BIN)/python -m pytest -q -n auto --dist loadfile $(if $(filter true,$(CI)),,-m "not slow") $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(if $(filter true,$(CI)),,-m "not slow") $(ARGS)
 
 check: $(STAMP)  ## formatting, linting, types, import contracts
 	$(BIN)/ruff format --check .

@@ -7,14 +7,17 @@ so the cost is that of a few tensor operations, not of a loop over images.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from monai.networks.layers import AffineTransform
 from torch import Tensor
 
 from common.study import Augmentation
+from common.tasks.boxes import BOX, NO_BOX
 from common.tasks.losses import OUTSIDE
 
+STILL_THERE = 0.25  # share of a box inside the moved image, from which it is still to be found
 NUM_DRAWS = 7  # angle, zoom, flip, two shifts, contrast, brightness
 MORE_DRAWS = 2  # vertical flip, quarter turns: drawn where a study asks for one
 _NONE = Augmentation()
@@ -37,8 +40,9 @@ def augment(
 
     Args:
       images: (batch, channels, *size), normalised. Volumes are moved within each slice.
-      targets: Labels, which no change touches, or masks (batch, *size), which move with the image:
-        what comes from beyond its edge is ``OUTSIDE``.
+      targets: Labels, which no change touches; masks (batch, *size) uint8, which move with the
+        image: what comes from beyond its edge is ``OUTSIDE``; or boxes (batch, max_boxes, 5)
+        float32, which are cut at the edge, and left out where less than a quarter remains.
       config: How large the changes may be.
       rng: Source of every draw; on the CPU.
     """
@@ -54,7 +58,9 @@ def augment(
             matrices = _in_every_slice(matrices)
         matrices = matrices.to(images.device)
         images = _RESAMPLE(images, matrices)
-        if targets.ndim == images.ndim - 1:
+        if targets.is_floating_point() and targets.shape[2:] == (BOX,):
+            targets = _move_boxes(targets, matrices, images.shape[-2:])
+        elif targets.ndim == images.ndim - 1:
             targets = _move_masks(targets, matrices)
     if config.contrast or config.brightness:
         shape = (num, *[1] * (images.ndim - 1))
@@ -73,6 +79,25 @@ def _move_masks(masks: Tensor, matrices: Tensor) -> Tensor:
     moved = _RESAMPLE_MASKS(below, matrices).squeeze(1).round()
     classes: Tensor = (OUTSIDE - moved).to(masks.dtype)
     return classes
+
+
+def _move_boxes(boxes: Tensor, matrices: Tensor, size: Sequence[int]) -> Tensor:
+    """Where the boxes are in the moved images: those around their moved corners."""
+    height, width = size
+    half = boxes.new_tensor([width, height]) / 2
+    corners = torch.stack([boxes[..., [x, y]] for x in (0, 2) for y in (1, 3)], dim=2) / half - 1
+    # The matrix says where an output pixel is read from; here the way back is wanted.
+    turned, shift = matrices[:, :, :2], matrices[:, None, None, :, 2]
+    back = torch.linalg.inv(turned).to(corners)
+    moved = (torch.einsum("bij,bmkj->bmki", back, corners - shift) + 1) * half
+    low, high = moved.amin(dim=2), moved.amax(dim=2)
+    edges = boxes.new_tensor([width, height])
+    seen_low, seen_high = low.clamp_min(0), torch.minimum(high, edges)
+    whole = (high - low).prod(dim=2)
+    seen = (seen_high - seen_low).clamp_min(0).prod(dim=2)
+    sides, kinds = torch.cat([seen_low, seen_high], dim=2), boxes[..., 4:]
+    there = (kinds >= 0) & (seen > STILL_THERE * whole).unsqueeze(2)
+    return torch.where(there, torch.cat([sides, kinds], dim=2), NO_BOX)
 
 
 def _in_every_slice(matrices: Tensor) -> Tensor:

@@ -12,14 +12,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from client.certificate_check import check_certificate, check_own_list
-from client.config import SiteConfig, check_key_mode
+from client.config import Data, SiteConfig, check_key_mode
 from client.connection_check import check_connection
+from client.data_card import write_card
 from client.data_check import check_data
+from client.deidentify import deidentify
 from client.finding import Finding, fault, has_fault, ok, warning
 from client.link_check import check_link
 from client.site import pick_device
 from client.study_check import check_budget, check_terms, planned_study
-from common.errors import ConfigError
+from common.errors import ConfigError, DataError
 from common.models.build import build_network
 from common.models.flat import Schema
 from common.study import Study
@@ -38,6 +40,7 @@ def check(
     study_file: Path | None = None,
     *,
     offline: bool = False,
+    deidentified: Path | None = None,
     now: Callable[[], datetime] = _utc_now,
 ) -> Iterator[Finding]:
     """Go through everything that taking part needs, line by line.
@@ -46,6 +49,7 @@ def check(
       config: The site file, which was found valid.
       study_file: The study to hold the site against; else the newest approved one, if any.
       offline: Leave the coordinator out.
+      deidentified: Where to write a copy of the data without what names a person; None for none.
       now: This machine's clock, with a time zone.
 
     Returns:
@@ -59,10 +63,36 @@ def check(
     yield from _check_consortium(config, study, schema, offline=offline, now=now())
     if study is not None:
         yield from check_terms(config, study)
-    yield from check_data(config, study)
+    yield from _check_data(config, study, now())
+    if deidentified is not None:
+        yield _copy(config.data, deidentified)
     if study is not None:
         yield from check_budget(config, study)
     yield _check_device(config.device)
+
+
+def _check_data(config: SiteConfig, study: Study | None, now: datetime) -> Iterator[Finding]:
+    """What the data are, line by line, and the card that keeps it."""
+    found = []
+    for finding in check_data(config, study):
+        found.append(finding)
+        yield finding
+    try:
+        yield ok(f"data card: {write_card(config, study, found, now)}; it stays here")
+    except OSError as error:
+        yield warning(f"data card: not written to {config.state_dir} ({error.strerror})")
+
+
+def _copy(data: Data, folder: Path) -> Finding:
+    try:
+        copied = deidentify(data, folder)
+    except (ConfigError, DataError) as error:
+        return fault(error)
+    except OSError as error:
+        text = f"{folder}: {error.strerror}; give a folder that can be written"
+        return fault(ConfigError(text))
+    left_out = f"; {copied.left_out} left out: writing is burned in" if copied.left_out else ""
+    return ok(f"de-identified copy: {copied.files} files in {folder}{left_out}; look at a few")
 
 
 def _check_consortium(

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from client.config import SiteConfig, check_key_mode, deployed
-from common.cli import start
+from common.cli import figures_line, start
 from common.config import load
 from common.errors import ConfigError
 from common.logs import LogFormat, LogFormatOption, start_logging
@@ -75,12 +75,15 @@ def check(
         Path | None, typer.Option(help="Study file; without it, the newest approved one.")
     ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Leave the coordinator out.")] = False,
+    deidentified: Annotated[
+        Path | None, typer.Option(help="New folder for a copy of the data without identifiers.")
+    ] = None,
 ) -> None:
     """Check all that taking part needs; a line each, exit code of the first FAULT."""
     from client.check import check as findings
 
     exit_code = 0
-    for finding in findings(context.obj, study, offline=offline):
+    for finding in findings(context.obj, study, offline=offline, deidentified=deidentified):
         print(finding, flush=True)
         exit_code = exit_code or finding.exit_code
     raise typer.Exit(exit_code)
@@ -119,12 +122,42 @@ def report(
         Path | None, typer.Option(help="Folder; without it, privacy-report in the state folder.")
     ] = None,
 ) -> None:
-    """Write and sign this hospital's own privacy report; it stays here."""
+    """Write and sign this hospital's own privacy report, and its own figures; both stay here."""
+    from client.own_figures import write_own_figures
     from client.privacy_report import FOLDER, write_site_report
 
     config: SiteConfig = context.obj
     folder = out or config.state_dir / FOLDER
+    if (figures := write_own_figures(config.state_dir)) is not None:
+        print(figures)
     print(write_site_report(config, folder, lambda: datetime.now(UTC)))
+
+
+@app.command()
+def finetune(
+    context: typer.Context,
+    study_file: Annotated[Path, typer.Argument(help="The TOML file of a study that ran here.")],
+    epochs: Annotated[int, typer.Option(min=1, help="At most; the best by validation counts.")] = 5,
+    learning_rate: Annotated[
+        float | None, typer.Option(min=0, help="A tenth of the study's, if left out.")
+    ] = None,
+) -> None:
+    """Train the model that a run returned further on this hospital's own images; it stays here."""
+    from client.finetune import Tuned
+    from client.finetune import finetune as tuned
+    from client.hospital import STUDIES
+
+    config: SiteConfig = context.obj
+    study = load(study_file, Study)
+    folder = config.state_dir / STUDIES / study.digest()
+    rate = learning_rate or study.training.learning_rate / 10
+    for step in tuned(config, study, folder, epochs=epochs, rate=rate):
+        if isinstance(step, Tuned):
+            print(f"common model, own test images: {figures_line(step.before)}")
+            print(f"after {step.epochs} epochs:        {figures_line(step.after)}")
+            print(f"{step.path}: trained without differential privacy; keep it in the hospital")
+        else:
+            print(f"epoch {step[0]}  validation: {figures_line(step[1])}", flush=True)
 
 
 @audit_app.command()

@@ -9,17 +9,45 @@ from __future__ import annotations
 import re
 import stat
 from collections.abc import Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from common.config import Frozen, RelativePath, validate
 from common.errors import ConfigError
 from common.identity import Identity
 from common.study import Count, Name, Positive
 
+ISO = "%Y-%m-%d"
 Fingerprint = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # of a public key
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        if re.compile(pattern).groups != 1:
+            raise ValueError("the pattern needs exactly one group: the patient")
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_check_pattern)]
+
+
+def _check_date_form(form: str) -> str:
+    day = datetime(2001, 12, 31)  # noqa: DTZ001 - a day has no zone
+    try:
+        is_whole = datetime.strptime(day.strftime(form), form) == day  # noqa: DTZ007
+    except (ValueError, re.error):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("a date needs day, month and year, for example %d.%m.%Y")
+    return form
+
+
+DateForm = Annotated[str, AfterValidator(_check_date_form)]
 
 
 class SplitFractions(Frozen):
@@ -55,16 +83,15 @@ class NpzData(_Data):
         return self.patients
 
 
-class FolderData(_Data):
-    """PNG, JPEG or TIFF files: one folder per class, or images beside masks of the same name."""
+class _Folders(_Data):
+    """Files below folders: one folder per class, or images beside masks of the same name."""
 
-    format: Literal["folder"]
     root: RelativePath
     layout: Literal["classes", "pairs"] = "classes"
     images: str = "images"  # folders of the layout "pairs"
     masks: str = "masks"
     valid: str | None = None  # where loss and figures count; without it, everywhere
-    patient: str | None = None  # pattern whose first group, in the file's name, is the patient
+    patient: Pattern | None = None  # its first group, in the file's name, is the patient
 
     @property
     def names_patients(self) -> bool:
@@ -72,20 +99,59 @@ class FolderData(_Data):
         return self.patient is not None
 
     @model_validator(mode="after")
-    def _check_layout(self) -> FolderData:
+    def _check_layout(self) -> _Folders:
         if self.valid is not None and self.layout != "pairs":
             raise ValueError('valid belongs to layout = "pairs"')
         return self
 
-    @field_validator("patient")
-    @classmethod
-    def _check_pattern(cls, pattern: str | None) -> str | None:
-        try:
-            if pattern is not None and re.compile(pattern).groups != 1:
-                raise ValueError("the pattern needs exactly one group: the patient")
-        except re.error as error:
-            raise ValueError(f"not a regular expression: {error}") from None
-        return pattern
+
+class FolderData(_Folders):
+    """PNG, JPEG or TIFF files."""
+
+    format: Literal["folder"]
+
+
+class NiftiData(_Folders):
+    """NIfTI files; axes and spacing are those that they say."""
+
+    format: Literal["nifti"]
+
+
+class DicomData(_Folders):
+    """DICOM files: whole series where a study takes volumes, else single images and frames.
+
+    Without ``patient`` the id in each header says whose image it is.
+    """
+
+    format: Literal["dicom"]
+
+    @property
+    def names_patients(self) -> bool:
+        """See ``_Data``."""
+        return True
+
+
+class MsdData(_Data):
+    """A task of the Medical Segmentation Decathlon: volumes and masks that dataset.json lists."""
+
+    format: Literal["msd"]
+    root: RelativePath  # the folder with dataset.json
+
+
+class VocData(_Data):
+    """Images with boxes in the Pascal VOC layout."""
+
+    format: Literal["voc"]
+    root: RelativePath
+    annotations: str = "Annotations"  # folders in root
+    images: str = "JPEGImages"
+    lists: str = "ImageSets/Main"  # of stems: train.txt, val.txt and test.txt
+    patient: Pattern | None = None  # its first group, in the file's name, is the patient
+
+    @property
+    def names_patients(self) -> bool:
+        """See ``_Data``."""
+        return self.patient is not None
 
 
 class CsvData(_Data):
@@ -94,11 +160,13 @@ class CsvData(_Data):
     format: Literal["csv"]
     root: RelativePath  # the folder that the table's paths are relative to
     table: str  # the file, in root
-    image: str = "image"  # columns
+    image: str = "image"  # columns; a study without images needs none
     target: str | None = None  # class, or mask; several labels may have a column each
     valid: str | None = None
     patient: str | None = None
     split: str | None = None
+    decimal: Literal[".", ","] = "."  # in numbers of clinical columns
+    date_format: DateForm = ISO  # as Python's strptime takes it
 
     @property
     def names_patients(self) -> bool:
@@ -118,7 +186,12 @@ class PhantomData(_Data):
     """Concentration of the Dirichlet distribution that each site's class shares are drawn from."""
 
 
-Data = Annotated[NpzData | FolderData | CsvData | PhantomData, Field(discriminator="format")]
+Files = FolderData | NiftiData | DicomData
+FileFormat = Literal["folder", "nifti", "dicom"]
+Data = Annotated[
+    NpzData | FolderData | NiftiData | DicomData | MsdData | VocData | CsvData | PhantomData,
+    Field(discriminator="format"),
+]
 
 
 class Budget(Frozen):
@@ -154,7 +227,7 @@ class Certificates(Frozen):
 class Policy(Frozen):
     """What this site permits; client.policy holds every study against it."""
 
-    allowed_tasks: tuple[str, ...] = ("classification", "segmentation")
+    allowed_tasks: tuple[str, ...] = ("classification", "segmentation", "detection")
     max_epsilon: Positive | None = None  # of one study
     max_delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_rounds: Count | None = None

@@ -55,12 +55,14 @@ class Intake:
     images: list[bytes] = field(default_factory=list)
     units: set[bytes] = field(default_factory=set)
 
-    def note(self, pixels: NDArray[Any], target: NDArray[Any], patient: str) -> None:
-        """One image, as its file has it."""
+    def note(self, pixels: NDArray[Any], target: NDArray[Any], patient: str, row: str = "") -> None:
+        """One image with its row of a table, or a row alone, as the files have it."""
         is_grey = len(pixels) == 1 or bool((pixels == pixels[:1]).all())  # a study may repeat it
         grey = pixels[:1] if is_grey else pixels
-        image = _digest(grey)
-        self.images.append(hashlib.sha256(image + _digest(target) + patient.encode()).digest())
+        cells = hashlib.sha256(row.encode()).digest() if row else b""
+        image = _digest(grey) if pixels.size else cells
+        whole = image + _digest(target) + cells + patient.encode()
+        self.images.append(hashlib.sha256(whole).digest())
         self.units.add(b"id " + patient.encode() if self.names_patients else b"image " + image)
 
     def contents(self) -> Contents:

@@ -1,4 +1,4 @@
-"""A convolution's units' gradients: as groups of one convolution, one by one, or their norms first.
+"""A convolution's units' gradients: by windows, as groups of one, one by one, or norms first.
 
 Which way is taken depends on shapes alone; the numbers here were fitted to measured layers.
 """
@@ -17,6 +17,9 @@ from client.units import Grouping
 
 MAX_TOGETHER = 1 << 20  # entries of units' gradients that are made at once: they stay in a cache
 FEWEST_TOGETHER = 8  # units; fewer are made one by one
+MAX_WINDOWS = 1 << 22  # entries of windows that are laid out at once
+# Laying windows out pays where few places are seen by many channels.
+FEW_PLACES, MANY_CHANNELS = 144, 96
 
 
 class Convolution(Weighted):
@@ -62,6 +65,9 @@ class Convolution(Weighted):
 
     def weight_of_each(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> Parts:
         """See ``Weighted``."""
+        if self._has_good_windows(*self._seen_and_alone(inputs, gradient)):
+            yield from self._by_windows(inputs, gradient, grouping)
+            return
         most = MAX_TOGETHER // self.weight.numel()
         if most < FEWEST_TOGETHER:
             for unit, images in enumerate(grouping.slices):
@@ -82,8 +88,7 @@ class Convolution(Weighted):
 
     def grams(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""
-        # The transpose's weight meets the output where the other's meets the input.
-        seen, alone = (gradient, inputs) if self._transposed else (inputs, gradient)
+        seen, alone = self._seen_and_alone(inputs, gradient)
         made = self._gram_of_windows(seen, alone.shape[3:]) * _gram(alone)
         num_positions = alone.shape[1] * alone[0, 0, 0].numel()
         return made.view(len(made), num_positions, num_positions)
@@ -128,6 +133,48 @@ class Convolution(Weighted):
     def weighted(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""
         return self._backward(gradient, inputs, self.weight, self._groups, of_input=False)
+
+    def _seen_and_alone(self, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """What the kernel's windows are of, and what meets each: a transpose has them exchanged."""
+        return (gradient, inputs) if self._transposed else (inputs, gradient)
+
+    def _has_good_windows(self, seen: Tensor, alone: Tensor) -> bool:
+        """Whether laying windows out is the fastest way: a rule on shapes alone."""
+        few = alone[0, 0].numel() <= FEW_PLACES and alone.shape[1] >= MANY_CHANNELS
+        return self._groups == 1 and (few or seen.shape[1] == 1)
+
+    def _by_windows(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> Parts:
+        """Each unit's gradient as one product of matrices."""
+        for units, *both in grouping.alike(inputs, gradient):
+            seen, alone = self._seen_and_alone(*both)
+            entries = alone[0, :, 0].numel() * self.weight[0].numel()
+            num_parts = -(-len(units) * entries // MAX_WINDOWS)
+            parts = (each.chunk(num_parts) for each in (units, seen, alone))
+            for some, one, other in zip(*parts, strict=True):
+                windows = self._windows(one, other.shape[3:])
+                rows = other.transpose(1, 2).flatten(2)  # (units, channels, images and places)
+                yield some, torch.bmm(rows, windows.mT).view(len(some), *self.weight.shape)
+
+    def _windows(self, seen: Tensor, places: Sequence[int]) -> Tensor:
+        """What the kernel sees at each place.
+
+        Args:
+          seen: (num_units, images, channels, *pixels).
+          places: Of the kernel, by dimension.
+
+        Returns:
+          (num_units, channels and kernel, images and places).
+        """
+        around = [num for each in reversed(self._padding) for num in (each, each)]
+        padded = F.pad(seen, around).contiguous()
+        unit, image, channel, *pixels = padded.stride()
+        num_units, images, channels = seen.shape[:3]
+        in_kernel = [step * far for step, far in zip(pixels, self._dilation, strict=True)]
+        steps = [step * far for step, far in zip(pixels, self._stride, strict=True)]
+        return padded.as_strided(
+            (num_units, channels, *self._kernel, images, *places),
+            (unit, channel, *in_kernel, image, *steps),
+        ).reshape(num_units, channels * self.weight[0, 0].numel(), -1)
 
     def _by_groups(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """All units' gradients at once: they are the groups of one convolution.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,17 +11,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.clinical import count_empty
 from client.config import Data, SiteConfig
 from client.dataset import load_sample, split_cases
 from client.finding import Finding, fault, ok, warning
+from client.header_check import Headers, check_headers
+from client.prepare import has_area
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Split
 from client.readers.seen import seen
 from common.errors import ConfigError, DataError
-from common.study import DifferentialPrivacy, Study
+from common.study import DifferentialPrivacy, Study, Table
 from common.tasks.losses import OUTSIDE
 
+LEAST_SUPPORT = 10  # images of a class in a split, below which its figures mean little
 MAX_NAMED = 5  # unreadable files that are named one by one
+UNCOUNTED: Mapping[str, str] = {"masks": "each with a mask", "boxes": "each with its boxes"}
 FAR_OFF = 2  # times more or fewer patients than declared
 
 Splits = Mapping[Split, Sequence[Case]]
@@ -33,6 +39,9 @@ class _Read:
     shapes: Counter[str] = field(default_factory=Counter)
     per_class: Counter[int] = field(default_factory=Counter)  # images with a pixel or label of it
     broken: list[str] = field(default_factory=list)
+    without_area: int = 0  # boxes
+    headers: Headers = field(default_factory=Headers)
+    digests: dict[bytes, list[Case]] = field(default_factory=dict)  # of pixels; images alike
 
 
 def check_data(config: SiteConfig, study: Study | None) -> Iterator[Finding]:
@@ -49,13 +58,20 @@ def check_data(config: SiteConfig, study: Study | None) -> Iterator[Finding]:
         yield fault(_in_data_set(data, f"{error.filename}: {error.strerror}; let this user read"))
         return
     read = _read_all(cases, study)
-    yield from _describe_images(data, read)
+    what = "images" if wanted.images else "records"
+    yield from _describe_images(data, read, what)
+    yield from check_headers(read.headers, study)
     for split, members in splits.items():
         patients = len({case.patient for case in members})
         yield ok(
-            f"{split}: {len(members)} images of {patients} patients; {_per_class(members, wanted)}"
+            f"{split}: {len(members)} {what} of {patients} patients; {_per_class(members, wanted)}"
         )
+    yield from _check_boxes(read)
+    if study is not None and study.table is not None:
+        yield from _check_columns(cases, study.table)
     yield from _check_classes(data, read, wanted, splits)
+    yield from _check_support(splits, wanted)
+    yield from _check_copies(read, splits)
     yield _check_numbers(config, study, splits)
 
 
@@ -64,39 +80,57 @@ def _read_all(cases: Sequence[Case], study: Study | None) -> _Read:
     read = _Read()
     for case in cases:
         try:
-            shape, classes = _look_at(case, study)
+            shape, classes, digest = _look_at(case, study)
+            if case.load_boxes:
+                read.without_area += int((~has_area(case.load_boxes())).sum())
+            if case.look is not None:
+                read.headers.note(case.look())
         except DataError as error:
             read.broken.append(str(error))
             continue
         read.shapes[shape] += 1
+        read.digests.setdefault(digest, []).append(case)
         read.per_class.update(classes)
     return read
 
 
-def _look_at(case: Case, study: Study | None) -> tuple[str, set[int]]:
-    """Size and number type of one image, and its classes."""
+def _look_at(case: Case, study: Study | None) -> tuple[str, set[int], bytes]:
+    """Size and number type of one image, its classes, and a digest of its pixels."""
     target: NDArray[Any] | None
     if study is not None:
-        pixels, target, _ = load_sample(case, study)
+        pixels, target, _, table = load_sample(case, study)
+        if not study.input.size:  # two patients may well be alike in a few columns
+            return f"{table.size} numbers", _classes_of(case, target), case.name.encode()
     else:
-        pixels, target = case.load(), case.load_mask() if case.load_mask else case.target
+        pixels, target = case.load(), _target_as_stored(case)
+    if not pixels.size:
+        return f"{len(case.columns)} cells", _classes_of(case, target), case.name.encode()
     size = "x".join(map(str, pixels.shape[1:]))
     colour = "colour" if pixels.shape[0] == 3 else "grey"  # noqa: PLR2004
-    return f"{size} {colour} {pixels.dtype}", _classes_of(case, target)
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).data).digest()
+    return f"{size} {colour} {pixels.dtype}", _classes_of(case, target), digest
+
+
+def _target_as_stored(case: Case) -> NDArray[Any] | None:
+    if case.load_mask:
+        return case.load_mask()
+    return case.load_boxes() if case.load_boxes else case.target
 
 
 def _classes_of(case: Case, target: object) -> set[int]:
     values = np.asarray(target)
+    if case.load_boxes:
+        return {int(kind) for kind in np.unique(values[:, 4]) if kind >= 0}
     if case.target is None:  # a mask
         return {int(value) for value in np.unique(values) if value != OUTSIDE}
     return {int(values)} if values.ndim == 0 else set(np.flatnonzero(values).tolist())
 
 
-def _describe_images(data: Data, read: _Read) -> Iterator[Finding]:
+def _describe_images(data: Data, read: _Read, what: str) -> Iterator[Finding]:
     most = ", ".join(f"{shape} ({num})" for shape, num in read.shapes.most_common(MAX_NAMED))
     others = len(read.shapes) - MAX_NAMED
     more = f" and {others} other kinds" if others > 0 else ""
-    readable = f"{read.shapes.total()} readable images, {most}{more}"
+    readable = f"{read.shapes.total()} readable {what}, {most}{more}"
     if not read.broken:
         yield ok(f"data set {data.name}: {readable}")
         return
@@ -111,9 +145,28 @@ def _describe_images(data: Data, read: _Read) -> Iterator[Finding]:
     yield fault(_in_data_set(data, f"{broken}; {remedy}"))
 
 
+def _check_boxes(read: _Read) -> Iterator[Finding]:
+    if read.without_area:
+        yield warning(
+            f"boxes at most one pixel wide or high: {read.without_area}; they are left out: "
+            "correct the annotations"
+        )
+
+
+def _check_columns(cases: Sequence[Case], table: Table) -> Iterator[Finding]:
+    """How many cells of each column are empty; where the study refuses them, that is a fault."""
+    if table.missing == "refuse":
+        return
+    empty = Counter(name for case in cases for name in count_empty(case.columns, table))
+    for name, num in sorted(empty.items()):
+        text = f"column {name!r}: {num} of {len(cases)} cells are empty"
+        mostly = 2 * num > len(cases)
+        yield warning(f"{text}; is it the right column?") if mostly else ok(text)
+
+
 def _check_classes(data: Data, read: _Read, wanted: Wanted, splits: Splits) -> Iterator[Finding]:
     missing = [name for index, name in enumerate(wanted.classes) if not read.per_class[index]]
-    if missing and (wanted.labels != "multilabel" or read.shapes):
+    if missing and read.shapes:  # of broken images alone nothing is known
         names = ", ".join(map(repr, missing))
         yield fault(
             _in_data_set(
@@ -124,6 +177,36 @@ def _check_classes(data: Data, read: _Read, wanted: Wanted, splits: Splits) -> I
         )
     if not splits[Split.TRAIN]:
         yield fault(_in_data_set(data, "no training image; correct data.root or its splits"))
+
+
+def _check_support(splits: Splits, wanted: Wanted) -> Iterator[Finding]:
+    """Labels of whole images; how many voxels of a class there are is no number of examples."""
+    if wanted.labels in UNCOUNTED:
+        return
+    for split, cases in splits.items():
+        counts = _counts(cases, wanted)
+        few = {name: num for name, num in counts.items() if num < LEAST_SUPPORT}
+        if cases and few:
+            named = ", ".join(f"{name} {num}" for name, num in few.items())
+            yield warning(
+                f"{split}: fewer than {LEAST_SUPPORT} images of {named}; figures of so few mean "
+                "little"
+            )
+
+
+def _check_copies(read: _Read, splits: Splits) -> Iterator[Finding]:
+    """Images with the same pixels: in two splits, figures would be too good."""
+    split_of = {id(case): split for split, cases in splits.items() for case in cases}
+    alike = [cases for cases in read.digests.values() if len(cases) > 1]
+    across = [cases for cases in alike if len({split_of[id(case)] for case in cases}) > 1]
+    if across:
+        named = "; ".join(f"{cases[0].name} = {cases[1].name}" for cases in across[:MAX_NAMED])
+        yield warning(
+            f"{len(across)} images are in two splits under two names: {named}; figures would be "
+            "too good: take one of each out"
+        )
+    if within := len(alike) - len(across):
+        yield warning(f"{within} images are there more than once, under other names")
 
 
 def _check_numbers(config: SiteConfig, study: Study | None, splits: Splits) -> Finding:
@@ -162,14 +245,19 @@ def _per_class(cases: Sequence[Case], wanted: Wanted) -> str:
     """Images per class, in the order of the classes."""
     if not cases:
         return "no images"
-    if wanted.labels == "masks":
-        return "each with a mask"
-    targets = np.array([case.target for case in cases])
+    if wanted.labels in UNCOUNTED:
+        return UNCOUNTED[wanted.labels]
+    return ", ".join(f"{name} {num}" for name, num in _counts(cases, wanted).items())
+
+
+def _counts(cases: Sequence[Case], wanted: Wanted) -> dict[str, int]:
+    """Images by name of the class."""
+    targets = np.array([case.target for case in cases], np.int64)
     if targets.ndim == 1:
         counts = np.bincount(targets, minlength=len(wanted.classes))
     else:
         counts = targets.sum(axis=0)
-    return ", ".join(f"{name} {num}" for name, num in zip(wanted.classes, counts, strict=True))
+    return dict(zip(wanted.classes, counts.tolist(), strict=True))
 
 
 def _in_data_set(data: Data, text: str) -> DataError:

@@ -4,33 +4,58 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.clinical import features_of
 from client.config import Data
 from client.contents import Contents, Intake
 from client.images import Images, Scans
 from client.partition import deal
-from client.prepare import load_mask, load_pixels, prepare, prepare_masks
+from client.prepare import (
+    load_boxes,
+    load_mask,
+    load_pixels,
+    prepare,
+    prepare_boxes,
+    prepare_masks,
+    resample,
+)
 from client.readers import read_cases
 from client.readers.case import Case, Split, Wanted
+from client.store import Store
 from common.errors import DataError
-from common.study import DifferentialPrivacy, Input, Study
+from common.study import Detection, DifferentialPrivacy, Input, Study
 
 log = logging.getLogger("consilium.site")
 
+NONE = np.empty(0, np.float32)  # no table
 VALIDATION_SHARE = 0.1  # of the training patients, where a data set has no validation split
-STACK = 256  # images prepared in one pass
+STACK, STACK_BYTES = 256, 1 << 26  # images prepared in one pass, and what they take at most
 
 Samples = Images | Scans
-Sample = tuple[NDArray[Any], NDArray[Any], Case]  # pixels and target as the files have them
+
+
+class Sample(NamedTuple):
+    """Private. One image, or one row of a table, or both."""
+
+    pixels: NDArray[Any]  # as the file has them; empty where there is no image
+    target: NDArray[Any]
+    case: Case
+    table: NDArray[np.float32]  # (num_features,), empty where there is no table
+
+
+# Pixels, targets, cases and tables of several samples.
+Stack = tuple[NDArray[Any], NDArray[Any], list[Case], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -68,13 +93,16 @@ class SiteData:
         )
 
 
-def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteData:
+def load_site_data(
+    data: Data, study: Study, dealt: Deal | None = None, *, folder: Path | None = None
+) -> SiteData:
     """Read, split and prepare one site's images.
 
     Args:
       data: The ``[data]`` table of the site.
       study: What the images must become, and the classes.
       dealt: In a simulation, this site's part of a data set that several share.
+      folder: Where prepared images may lie that are too many for memory; None for nowhere.
 
     Raises:
       DataError: An image or label cannot be used; or there is nothing to train on.
@@ -84,7 +112,9 @@ def load_site_data(data: Data, study: Study, dealt: Deal | None = None) -> SiteD
     intake = Intake(data.names_patients)
     parts = {
         split: _prepare_all(
-            _read(cases, study, intake, skipped if data.on_broken == "skip" else None), study
+            _read(cases, study, intake, skipped if data.on_broken == "skip" else None),
+            study,
+            folder,
         )
         for split, cases in splits.items()
     }
@@ -173,31 +203,52 @@ def _place(patient: str, seed: int) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def _prepare_all(read: Iterator[Sample], study: Study) -> Samples:
+def _prepare_all(read: Iterator[Sample], study: Study, folder: Path | None) -> Samples:
     """What was read, as the network takes it."""
     if study.input.patches:
-        return _scans(read, study.input)
+        return _scans(read, study.input, folder)
     used: list[Case] = []
-    pixels: list[Tensor] = []
-    targets: list[Tensor] = []
-    has_masks = study.task.kind == "segmentation"
-    for stack, known, members in _stacks(read):
-        pixels.append(prepare(stack, study.input))
-        targets.append(prepare_masks(known, study.input) if has_masks else torch.from_numpy(known))
+    pixels, targets = Store(folder), Store(folder)
+    rows: list[NDArray[np.float32]] = []
+    for stack, known, members, table in _stacks(read):
+        pixels.add(prepare(stack, study.input) if study.input.size else torch.from_numpy(stack))
+        targets.add(_prepared_targets(known, study))
         used += members
+        rows.append(table)
     if not used:
-        return Images(torch.empty((0, study.input.channels, *study.input.size)), torch.empty(0), ())
-    return Images(torch.cat(pixels), torch.cat(targets), tuple(case.patient for case in used))
+        return _nothing(study)
+    (all_pixels, one), (all_targets, other) = pixels.joined(), targets.joined()
+    reading = tuple(filter(None, (one, other)))
+    beside = torch.from_numpy(np.concatenate(rows)) if study.table else None
+    patients = tuple(case.patient for case in used)
+    return Images(all_pixels, all_targets, patients, reading, table=beside)
 
 
-def _scans(read: Iterable[Sample], config: Input) -> Scans:
+def _nothing(study: Study) -> Images:
+    shape = (study.input.channels, *study.input.size) if study.input.size else (0,)
+    beside = torch.empty((0, study.table.num_features)) if study.table else None
+    return Images(torch.empty((0, *shape)), torch.empty(0), (), table=beside)
+
+
+def _prepared_targets(known: NDArray[Any], study: Study) -> Tensor:
+    if study.task.kind == "segmentation":
+        return prepare_masks(known, study.input)
+    if study.task.kind == "detection":
+        return prepare_boxes(known, study.input)
+    return torch.from_numpy(known)
+
+
+def _scans(read: Iterable[Sample], config: Input, folder: Path | None) -> Scans:
     """Each image for itself, in its own size."""
-    used = [
-        (prepare(pixels[None], config)[0], prepare_masks(mask[None], config)[0], case.patient)
-        for pixels, mask, case in read
-    ]
-    pixels, masks, patients = zip(*used, strict=True) if used else ((), (), ())
-    return Scans(pixels, masks, patients, config.size)
+    patients: list[str] = []
+    pixels, masks = Store(folder), Store(folder)
+    for values, mask, case, _ in read:
+        pixels.add(prepare(values[None], config)[0])
+        masks.add(prepare_masks(mask[None], config)[0])
+        patients.append(case.patient)
+    (all_pixels, one), (all_masks, other) = pixels.tensors(), masks.tensors()
+    reading = tuple(filter(None, (one, other)))
+    return Scans(tuple(all_pixels), tuple(all_masks), tuple(patients), config.size, reading)
 
 
 def _read(
@@ -206,37 +257,56 @@ def _read(
     """Every image, noted; broken ones stop the site or go on the ``skipped`` list."""
     for case in cases:
         try:
-            pixels, target, _ = sample = load_sample(case, study)
+            sample = load_sample(case, study)
         except DataError:
             if skipped is None:
                 raise
             skipped.append(case.name)
             continue
-        intake.note(pixels, target, case.patient)
+        # The cells themselves: what a study makes of them is another thing in another study.
+        row = json.dumps(sorted(case.columns.items())) if study.table is not None else ""
+        intake.note(sample.pixels, sample.target, case.patient, row)
         yield sample
 
 
 def load_sample(case: Case, study: Study) -> Sample:
-    """Pixels and target of one case, as the files have them.
+    """Pixels, target and table of one case, as the files have them.
 
     Raises:
       DataError: One of them cannot be used; the message names the file.
     """
+    table = NONE
+    if study.table is not None:
+        table = features_of(case.columns, study.table, case.forms, case.name)
+    if not study.input.size:
+        return Sample(np.empty(0, np.float32), _label(case), case, table)
     pixels = load_pixels(case, study.input)
     if study.task.kind == "segmentation":
-        return pixels, load_mask(case, pixels, len(study.task.classes)), case
+        mask = load_mask(case, pixels, len(study.task.classes))
+        pixels, resampled = resample(case, pixels, mask, study.input)
+        assert resampled is not None  # noqa: S101 - one was given
+        return Sample(pixels, resampled, case, table)
+    if isinstance(study.task, Detection):
+        boxes = load_boxes(case, pixels, study.task)  # shares of the sides stay what they are
+        return Sample(resample(case, pixels, None, study.input)[0], boxes, case, table)
+    label = _label(case)
+    return Sample(resample(case, pixels, None, study.input)[0], label, case, table)
+
+
+def _label(case: Case) -> NDArray[np.int64]:
     if case.target is None:
         raise DataError(f"{case.name}: no label; a classification study needs one for every image")
-    return pixels, case.target, case
+    return case.target
 
 
-def _stacks(read: Iterable[Sample]) -> Iterator[tuple[NDArray[Any], NDArray[Any], list[Case]]]:
+def _stacks(read: Iterable[Sample]) -> Iterator[Stack]:
     """Runs of images of equal shape and type, so that each run is prepared in one pass."""
     run: list[Sample] = []
     for sample in read:
-        first = run[0][0] if run else sample[0]
-        same = (first.shape, first.dtype) == (sample[0].shape, sample[0].dtype)
-        if not same or len(run) == STACK:
+        first = (run[0] if run else sample).pixels
+        same = (first.shape, first.dtype) == (sample.pixels.shape, sample.pixels.dtype)
+        is_full = len(run) == min(STACK, max(1, STACK_BYTES // max(1, sample.pixels.nbytes)))
+        if not same or is_full:
             yield _stacked(run)
             run = []
         run.append(sample)
@@ -244,6 +314,6 @@ def _stacks(read: Iterable[Sample]) -> Iterator[tuple[NDArray[Any], NDArray[Any]
         yield _stacked(run)
 
 
-def _stacked(run: Sequence[Sample]) -> tuple[NDArray[Any], NDArray[Any], list[Case]]:
-    pixels, targets, members = zip(*run, strict=True)
-    return np.stack(pixels), np.stack(targets), list(members)
+def _stacked(run: Sequence[Sample]) -> Stack:
+    pixels, targets, members, tables = zip(*run, strict=True)
+    return np.stack(pixels), np.stack(targets), list(members), np.stack(tables)

@@ -37,20 +37,20 @@ def predictions(samples: Samples, network: FlatNetwork) -> Iterator[Batch]:
     network.module.eval()
     with torch.inference_mode():
         if isinstance(samples, Images):
-            num = max(1, min(BATCH, MAX_PIXELS // max(1, samples.pixels[:1].numel())))
+            num = max(1, min(BATCH, MAX_PIXELS // max(1, samples.part(slice(1))[0].numel())))
             for low in range(0, len(samples), num):
-                part = slice(low, low + num)
-                yield network(samples.pixels[part]), samples.targets[part]
+                pixels, targets = samples.part(slice(low, low + num))
+                yield network(pixels), targets
             return
         windows = MAX_PIXELS // math.prod(samples.patch)
-        for pixels, target in zip(samples.pixels, samples.targets, strict=True):
+        for pixels, target in samples.whole():
             # Windows have the size of the training patches: GroupNorm's statistics depend on it.
             outputs = sliding_window_inference(
-                pixels[None],
+                pixels,
                 samples.patch,
                 sw_batch_size=max(1, min(MAX_WINDOWS, windows)),
                 predictor=network,
                 overlap=OVERLAP,
                 mode="gaussian",
             )
-            yield outputs, target[None]
+            yield outputs, target

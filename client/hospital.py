@@ -150,7 +150,7 @@ class Hospital:
         data, budget = self.config.data, self.config.budget
         if data.declared_patients is None:
             raise ConfigError("data.declared_patients is needed: a public constant, not a count")
-        load = functools.partial(load_site_data, data, study)
+        load = functools.partial(load_site_data, data, study, folder=self.config.state_dir)
         began = self._check_folder(study)
         site = open_site(
             self.config.name,

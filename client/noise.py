@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
+TWO = torch.tensor(2.0, dtype=torch.float64)
 ONE = np.uint64(0x3FF << 52)  # the bits of 1.0; with 52 others behind them, a number from 1 to 2
 MAX_THREADS = 4  # beyond it, memory is what they wait for
 _BLOCK = 1 << 17  # numbers made at once: they stay in a cache
@@ -63,7 +65,9 @@ class Keystream:
         """Independent standard normal numbers, shape (num,)."""
         quarter = -(-num // 4)
         room = torch.empty((2, quarter), dtype=torch.float64)
-        made: NDArray[np.float64] = _normal(self.integers(4 * quarter).copy(), room)[:num].numpy()
+        made: NDArray[np.float64] = _normal(self.integers(4 * quarter).copy(), room, 1.0)[
+            :num
+        ].numpy()
         return made
 
     def add_noise(self, values: Tensor, scale: float) -> Tensor:
@@ -78,10 +82,14 @@ class Keystream:
         if workers < 2:  # noqa: PLR2004 - nobody to share with
             _add_to(blocks, key, scale)
             return values
-        with ThreadPoolExecutor(workers) as pool:
+        # What a thread computes it computes alone: torch would give each a team of as many again.
+        before = torch.get_num_threads()
+        with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
             shares = [blocks[worker::workers] for worker in range(workers)]
-            for done in [pool.submit(_add_to, share, key, scale) for share in shares]:
-                done.result()
+            tasks = [pool.submit(_add_to, share, key, scale) for share in shares]
+        torch.set_num_threads(before)
+        for done in tasks:
+            done.result()
         return values
 
 
@@ -89,38 +97,39 @@ def _add_to(blocks: list[tuple[int, Tensor]], key: bytes, scale: float) -> None:
     """Noise for some blocks, each from its number and the key."""
     # Fresh memory for every block would cost as much as the numbers do.
     keystream = np.empty(8 * _BLOCK + _SLACK, np.uint8)
-    room = torch.empty((2, _BLOCK // 4), dtype=torch.float64)
+    room = torch.empty(_BLOCK, dtype=torch.float64)
     for number, block in blocks:
         quarter = -(-len(block) // 4)
         # GCM encrypts by CTR, and faster; nothing is authenticated, and the tag is never asked for.
         cipher = Cipher(algorithms.AES256(key), modes.GCM(number.to_bytes(12, "big"))).encryptor()
         cipher.update_into(_ZEROS[: 32 * quarter], keystream.data)
         bits = keystream[: 32 * quarter].view(np.uint64)
-        noise = _normal(bits, room[:, :quarter])[: len(block)].mul_(scale)
-        block.copy_(noise.to(block.device).add_(block))
+        noise = _normal(bits, room[: 2 * quarter].view(2, -1), scale)[: len(block)]
+        # Types that differ in one operation cost twice what two more operations do.
+        wide = room[: len(block)].copy_(block)
+        block.copy_(wide.add_(noise))
 
 
-def _normal(bits: NDArray[np.uint64], room: Tensor) -> Tensor:
-    """Independent standard normal numbers in the place of random bits, shape (4 * quarter,).
+def _normal(bits: NDArray[np.uint64], room: Tensor, scale: float) -> Tensor:
+    """Independent normal numbers in the place of random bits, shape (4 * quarter,).
 
     Args:
       bits: Uniform, shape (4 * quarter,).
       room: (2, quarter), for what is between.
+      scale: Their standard deviation.
     """
     bits >>= np.uint64(12)
     bits |= ONE
     between = torch.from_numpy(bits.view(np.float64)).view(2, 2, -1)  # 1 to 2
     radius, angle = between[0], between[1].mul_(2 * np.pi)
     # 2 - x is in (0, 1]: the logarithm is finite.
-    radius.neg_().add_(2.0).log_().mul_(-0.5).sqrt_()  # half a radius
+    torch.sub(TWO, radius, out=radius).log_().mul_(-0.5 * scale**2).sqrt_()  # half a radius
     one, other = torch.cos(angle, out=room).mul_(radius), angle.sin_().mul_(radius)
     sums, differences = torch.add(one, other, out=radius), one.sub_(other)
     # Four numbers in, four out: an orthogonal matrix with entries of one half leaves them
-    # independent and normal, and each is made of all four. ``sums`` lie where two of them go.
-    mixed = between.view(4, -1)
-    torch.sub(sums[0], sums[1], out=mixed[2])
-    mixed[0].add_(sums[1])
-    mixed[1].copy_(mixed[2])
-    torch.add(differences[0], differences[1], out=mixed[2])
-    torch.sub(differences[0], differences[1], out=mixed[3])
-    return mixed.view(-1)
+    # independent and normal, and each is made of all four.
+    torch.add(sums[0], sums[1], out=angle[0])
+    torch.sub(sums[0], sums[1], out=angle[1])
+    torch.add(differences[0], differences[1], out=radius[0])
+    torch.sub(differences[0], differences[1], out=radius[1])
+    return between.view(-1)

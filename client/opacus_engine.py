@@ -26,7 +26,7 @@ class OpacusEngine:
 
     def __init__(self, network: FlatNetwork) -> None:
         self._module = network.module
-        self._num_params = network.schema.num_params
+        self._num_params = network.values.numel()
 
     def clipped_sum(self, units: Units, loss: Loss, clip_norm: float) -> Tensor:
         """See ``ClippingEngine``."""

@@ -45,7 +45,7 @@ def deal(splits: Splits, *, rule: str, num_sites: int, seed: int) -> list[dict[S
         return _deal_by_column(splits, rule.removeprefix("column:"), num_sites)
     if rule != "iid" and any(case.target is None for cases in splits.values() for case in cases):
         raise ConfigError(
-            f"partition {rule}: masks have no class to deal by; use iid or column:NAME"
+            f"partition {rule}: masks and boxes have no class to deal by; use iid or column:NAME"
         )
     if rule != "iid" and num_patients < MIN_TRAIN_PATIENTS * num_sites:
         raise ConfigError(

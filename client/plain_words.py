@@ -29,9 +29,13 @@ def _lines(study: Study, config: SiteConfig, earlier: Iterable[Approval]) -> Ite
     yield f"study {study.name}, digest {study.digest()}"
     yield f"task: {study.task.kind}, model {study.model.name}"
     yield f"classes: {', '.join(map(repr, study.task.classes))}"
+    if study.table is not None:
+        columns = ", ".join(repr(column.name) for column in study.table.columns)
+        yield f"data: reads the columns {columns} of every patient's record; they stay here"
     yield from _keys(study, config.name, earlier)
     yield from _sums(study)
     yield from _training(study)
+    yield from _between_rounds(study)
     yield from _leaving(config.data.declared_patients)
     yield from _privacy(study, config.data.declared_patients)
     broken = list(broken_rules(config.policy, study, config.data.declared_patients))
@@ -105,6 +109,16 @@ def _training(study: Study) -> Iterator[str]:
         f"training: up to {study.num_rounds} rounds on this site's own machine, {length} a round "
         f"in batches of {training.batch_size}; images and labels never leave it"
     )
+
+
+def _between_rounds(study: Study) -> Iterator[str]:
+    if study.training.control_variates:
+        yield (
+            "leaving: this site's mean gradient of a round, masked and summed like the updates "
+            "(SCAFFOLD)"
+        )
+    if study.training.local_normalisation:
+        yield "staying: layers that normalise are trained here for this site alone (FedBN)"
 
 
 def _leaving(declared: int | None) -> Iterator[str]:

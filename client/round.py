@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from client import enrolment
 from client.evaluate import evaluate
 from client.examples import keep_example
 from client.heads import check_heads
+from client.keeping import Arrays, contribution_of, recall, remember, variates_of
+from client.own_figures import keep_figures
+from client.returned import keep_returned
 from client.session import Session
 from client.site import Site
-from client.train import learning_rate, train, train_privately
+from client.train import count_steps, learning_rate, train, train_privately
 from client.unmasking import unmask, vote
 from common.audit import MAX_VALUE_CHARS
 from common.errors import DataError, FederationError, PolicyError, RemoteProtocolError
@@ -28,7 +34,7 @@ from common.messages import (
     Upload,
 )
 from common.quantize import only_counts, quantize
-from common.tasks import SegmentationTask
+from common.tasks import DetectionTask, SegmentationTask
 from common.update import LocalUpdate
 
 COORDINATOR = "coordinator"  # the only peer a site ever hears
@@ -148,10 +154,13 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
     # Debit before the data is touched: a crash may waste budget, never overspend it.
     site.charge(session.manifest.run, task.sum_number)
     give_back()  # what fetching the model took: training needs it
+    run = session.manifest.run
+    kept = recall(task, run, site)
     counts = evaluate(task.model, site.data.validation, network=site.network, task=site.task)
+    note_figures(task, session, site, "validation", counts)
     # Nobody here holds on to the update: its memory is free before the masked one is made.
     quantized = quantize(
-        local_update(task, site),
+        local_update(task, site, kept),
         counts,
         sizes=site.network.schema.sizes,
         exponents=task.exponents,
@@ -159,12 +168,37 @@ def contribute(task: RoundTask, session: Session, site: Site) -> Upload:
         weight_cap=session.manifest.weight_cap,
         ring=session.manifest.ring,
     )
-    return session.mask(quantized, site.statement(session.manifest.run, task.sum_number))
+    if site.study.training.keeps_state:  # on disk before the update can leave
+        remember(task, run, site, kept, contribution_of(quantized, task, site))
+    return session.mask(quantized, site.statement(run, task.sum_number))
 
 
-def local_update(task: RoundTask, site: Site) -> LocalUpdate:
+def note_figures(
+    task: RoundTask, session: Session, site: Site, split: str, counts: NDArray[np.int64]
+) -> None:
+    """Keep what the model does on this site's own images, here alone."""
+    model_round = task.round_number - (task.purpose == Purpose.TRAIN)
+    figures = site.task.figures(counts)
+    keep_figures(site.state_dir, site.study, session.manifest.run, split, model_round, figures)
+
+
+def local_update(task: RoundTask, site: Site, kept: Arrays) -> LocalUpdate:
     """Train as the approved study says; the message only tells which round it is."""
-    rate = learning_rate(site.study.training, task.round_number, site.study.num_rounds)
+    training = site.study.training
+    rate = learning_rate(training, task.round_number, site.study.num_rounds)
+    if not training.control_variates:
+        return _trained(task, site, rate)
+    variates, schema = variates_of(task, site, kept), site.network.schema
+    update = _trained(task, site, rate, variates.correction)
+    schema.control(update.values)[:] = variates.change(
+        update.values[: schema.num_own], count_steps(site.data.train, training), rate
+    )
+    return update
+
+
+def _trained(
+    task: RoundTask, site: Site, rate: float, correction: NDArray[np.float32] | None = None
+) -> LocalUpdate:
     if site.plan is None:
         return train(
             task.model,
@@ -174,6 +208,7 @@ def local_update(task: RoundTask, site: Site) -> LocalUpdate:
             task=site.task,
             rate=rate,
             rng=site.rng(task.sum_number),
+            correction=correction,
         )
     return train_privately(
         task.model,
@@ -191,9 +226,14 @@ def score(task: RoundTask, session: Session, site: Site) -> Upload:
     """Return the masked counts of a model on one split; nothing is trained, no weights travel."""
     if site.plan is None:
         site.charge(session.manifest.run, task.sum_number)
+    recall(task, session.manifest.run, site)
     samples = site.data.test if task.purpose == Purpose.TEST else site.data.validation
     counts = evaluate(task.model, samples, network=site.network, task=site.task)
-    if task.purpose == Purpose.TEST and isinstance(site.task, SegmentationTask):
+    split = "test" if task.purpose == Purpose.TEST else "validation"
+    note_figures(task, session, site, split, counts)
+    if task.purpose == Purpose.TEST:
+        keep_returned(site.network, site.state_dir)
+    if task.purpose == Purpose.TEST and isinstance(site.task, SegmentationTask | DetectionTask):
         keep_example(task.model, samples, site.state_dir, network=site.network, task=site.task)
     counted = only_counts(counts, site.weight, len(task.exponents))
     return session.mask(counted, site.statement(session.manifest.run, task.sum_number))

@@ -137,4 +137,5 @@ def _joined(by_site: Mapping[int, Samples]) -> Samples:
         torch.cat([part.pixels for part in filled]),  # type: ignore[misc]
         torch.cat([part.targets for part in filled]),  # type: ignore[misc]
         patients,
+        table=torch.cat([part.table for part in filled]) if filled[0].table is not None else None,  # type: ignore[misc,union-attr]
     )

@@ -10,7 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from client.clipping import check_engine, check_layers
 from client.config import Budget, Policy
@@ -24,7 +26,7 @@ from common.audit import AuditLog
 from common.charges import LEDGERS, WITHOUT_PRIVACY
 from common.errors import ConfigError, LocalProtocolError
 from common.evidence import Evidence
-from common.models.build import build_network, digest_of_weights
+from common.models.build import build_network, digest_of_weights, row_shape
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan, plan_privacy
 from common.roster import Credentials
@@ -69,6 +71,8 @@ class Site:
     credentials: Callable[[], Credentials] | None = None  # None: it trains alone, sends nothing
     policy: Policy = field(default_factory=Policy)
     now: Callable[[], datetime] = utc_now
+    first_local: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
+    """Initial weights of the parameters that stay here."""
 
     def party(self) -> Party:
         """This site as others know it.
@@ -122,14 +126,14 @@ class Site:
 
     def rng(self, sum_number: int) -> torch.Generator:
         """A reproducible stream for one sum: order of images and augmentation without privacy."""
-        text = f"{self.study.seed}/{self._index}/{sum_number}"
+        text = f"{self.study.seed}/{self.index}/{sum_number}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
         return torch.Generator().manual_seed(seed % 2**63)
 
     def secrets(self, sum_number: int) -> Keystream:
         """What draws patients and noise: the operating system, unless the study says seeded."""
         if self.plan is not None and self.plan.terms.randomness == "seeded":
-            return Keystream.from_seed(self.study.seed, self._index, sum_number)
+            return Keystream.from_seed(self.study.seed, self.index, sum_number)
         return Keystream.from_os()
 
     def charged(self, run: str) -> str:
@@ -170,7 +174,8 @@ class Site:
         return stated.signed(self.party().identity).model_dump_json()
 
     @property
-    def _index(self) -> int:
+    def index(self) -> int:
+        """The site's place in the study."""
         return self.study.site_names.index(self.name)
 
 
@@ -231,6 +236,7 @@ def open_site(
         home=home,
         credentials=credentials,
         policy=policy or Policy(),
+        first_local=network.local(),
     )
     check_own_books(site)
     if plan is not None:
@@ -258,7 +264,7 @@ def check_private_training(site: Site, plan: PrivacyPlan, budget: Budget | None)
     if budget is not None and (budget.unit, plan.terms.unit) == ("patient", "image"):
         raise ConfigError("the budget protects patients, the study only images; see budget.unit")
     check_layers(site.network.module)
-    shape = (site.study.input.channels, *site.study.input.size)
+    shape = row_shape(site.study)
     targets = site.task.made_up_targets(3).to(site.network.values.device)
     check_engine(plan.terms.engine, site.network, shape, site.task.local_loss(None), targets)
     if site.journal.epoch() is None:  # a run that goes on is checked sum by sum

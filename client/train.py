@@ -17,7 +17,7 @@ from client.dataset import Samples
 from client.images import Batch, Scans
 from client.noise import Keystream
 from client.units import Units
-from common.memory import let_go
+from common.memory import give_back, keep_freed, let_go
 from common.models.flat import FlatNetwork
 from common.plan import PrivacyPlan
 from common.study import Augmentation, Training
@@ -34,6 +34,7 @@ def train(
     task: Task,
     rate: float,
     rng: torch.Generator,
+    correction: NDArray[np.float32] | None = None,
 ) -> LocalUpdate:
     """Train on local images and return what changed.
 
@@ -45,21 +46,24 @@ def train(
       task: Gives the loss.
       rate: This round's learning rate.
       rng: Order of images and augmentation.
+      correction: Is added to every gradient of the travelling parameters, shape (num_own,).
 
     Returns:
       Local minus global model. Private: it must pass the secure sum before it leaves.
     """
     network.load(model)
     let_go(model)  # until the update is made
+    keep_freed()
     network.module.train()
     # Dropout draws from torch's own generator: it too must depend on site and sum alone.
     torch.manual_seed(int(torch.randint(2**62, (1,), generator=rng)))
     optimizer = _optimizer(network, training, rate)
-    # Only labels of whole images say how common a class is at the site.
+    # Only labels of whole images say how common a class is at the site; other tasks leave them.
     labels = None if isinstance(images, Scans) else images.targets
     loss_of = task.local_loss(labels)
     network.values.grad = network.gradients
     start = _start(network, training)
+    corrected = None if correction is None else network.spread(correction)
     made = batches(images, training, rng)
     if torch.get_num_threads() == 1:  # beside a team of threads a second team costs more
         made = _ahead(made)
@@ -70,8 +74,10 @@ def train(
         loss = loss_of(outputs.float(), targets)
         loss.backward()  # type: ignore[no-untyped-call]
         _pull_back(network, start, training)
+        if corrected is not None:
+            network.gradients.add_(corrected)
         optimizer.step()
-    del start
+    del start, corrected
     _forget(network, optimizer)  # the update comes in its place
     return LocalUpdate(network.minus(model))
 
@@ -91,6 +97,7 @@ def _forget(network: FlatNetwork, optimizer: torch.optim.Optimizer) -> None:
     """Free what only training needs: an optimizer that is dropped keeps its moments for a while."""
     optimizer.state.clear()
     network.drop_gradients()
+    give_back()
 
 
 def _start(network: FlatNetwork, training: Training) -> Tensor | None:
@@ -128,8 +135,7 @@ def batches(images: Samples, training: Training, rng: torch.Generator) -> Iterat
 
     Patches are drawn from any scan each time, so that few scans still fill a batch.
     """
-    num_per_epoch = math.ceil(len(images) / training.batch_size)
-    num_steps = training.local_steps or num_per_epoch * (training.local_epochs or 1)
+    num_steps = count_steps(images, training)
     order: list[Tensor] = []
     for _ in range(num_steps):
         if isinstance(images, Scans):
@@ -138,7 +144,14 @@ def batches(images: Samples, training: Training, rng: torch.Generator) -> Iterat
             shuffled = torch.randperm(len(images), generator=rng)
             order = list(torch.split(shuffled, training.batch_size))
         chosen = order.pop(0)
-        yield augment(*images.draw(chosen, rng), training.augmentation, rng)
+        pixels, targets = augment(*images.draw(chosen, rng), training.augmentation, rng)
+        yield images.packed(pixels, chosen), targets
+
+
+def count_steps(images: Samples, training: Training) -> int:
+    """Steps of one round."""
+    num_per_epoch = math.ceil(len(images) / training.batch_size)
+    return training.local_steps or num_per_epoch * (training.local_epochs or 1)
 
 
 def _ahead(made: Iterator[Batch]) -> Iterator[Batch]:
@@ -181,6 +194,7 @@ def train_privately(
     """
     network.load(model)
     let_go(model)  # until the update is made
+    keep_freed()
     network.module.train()
     torch.manual_seed(int(secrets.integers(1)[0] >> np.uint64(1)))
     optimizer = _optimizer(network, training, rate)
@@ -220,7 +234,7 @@ def draw_units(
     rows = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *chosen]))
     rng = torch.Generator().manual_seed(int(secrets.integers(1)[0] >> np.uint64(1)))
     pixels, targets = augment(*images.draw(rows, rng), augmentation, rng)
-    return Units(pixels, targets, tuple(len(unit) for unit in chosen))
+    return Units(images.packed(pixels, rows), targets, tuple(len(unit) for unit in chosen))
 
 
 def _members(images: Samples, unit: str) -> list[NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -61,3 +61,8 @@ def overrides_of(assignments: list[str], seed: int | None = None) -> dict[str, A
     if seed is not None:
         overrides["seed"] = seed
     return overrides
+
+
+def figures_line(figures: Mapping[str, Any]) -> str:
+    """The scalar figures of a model, side by side."""
+    return "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))

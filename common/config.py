@@ -103,6 +103,7 @@ def validate(table: Mapping[str, Any], kind: type[Model], *, source: Path) -> Mo
             new = {key: text for key, text in new.items() if not _about(key, found)}
         else:
             new = _joined(_conflicts(model))
+            new = {key: text for key, text in new.items() if not _about(key, found)}
             if not found and not new:
                 return model
         # What is wrong is taken out and the rest read again: a wrong type in one key must not hide

@@ -164,6 +164,12 @@ def draw_patient(
     return [_expose(anatomy, _draw_view(rng), scanner, size, rng) for rng in rngs]
 
 
+def has_lesions(seed: int, site_index: int, patient_index: int, prevalence: float) -> bool:
+    """Whether a patient has lesions, without drawing a film: what ``draw_patient`` draws first."""
+    rng = _rng((seed, site_index, patient_index), _ANATOMY)
+    return bool(rng.random() < prevalence)
+
+
 def _rng(entropy: tuple[int, ...], *stream: int) -> np.random.Generator:
     """Return the generator of one stream; spawn keys stay apart where a trailing 0 would not."""
     return np.random.default_rng(np.random.SeedSequence(entropy, spawn_key=stream))

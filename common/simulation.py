@@ -28,7 +28,8 @@ from common.study import MIN_SITES, Study
 
 STUDY = "study.toml"  # in a run folder
 SIMULATION = "simulation.toml"
-EXAMPLE = "example.npz"  # in a site's own folder: image, mask and predicted, (height, width) uint8
+WORTH = "worth.json"  # of scripts/worth: each site's own figures, by how the model was trained
+EXAMPLE = "example.npz"  # in a site's own folder; client.examples says what it holds
 DATA = "data."  # beginning of a key that changes the sites' table, not the study
 PARTITION = re.compile(r"iid|column:.+|dirichlet:(\d+(\.\d*)?|\.\d+)")
 

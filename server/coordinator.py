@@ -165,7 +165,7 @@ def run(
             this.keep(total.statements)
             before, state = (
                 state,
-                state.step(total, figures, study, epoch.manifest, this.schema.sizes),
+                state.step(total, figures, study, epoch.manifest, this.schema),
             )
             line = {
                 "round": state.round_number,
@@ -249,7 +249,7 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
         "bytes_up_per_site": {
             site: sum(line["bytes_up"].get(site, 0) for line in sums) for site in sites
         },
-        "num_params": this.schema.num_params,
+        "num_params": this.schema.num_own,
         "final_model_sha256": digest,
     }
     this.run_dir.save_summary(summary)

@@ -2,7 +2,8 @@
 
 Source: McMahan et al. (2017), Communication-Efficient Learning of Deep Networks from Decentralized
 Data (FedAvg); Hsu, Qi and Brown (2019), Measuring the Effects of Non-Identical Data Distribution
-(FedAvgM); Reddi et al. (2021), Adaptive Federated Optimization (FedAdam, FedYogi).
+(FedAvgM); Reddi et al. (2021), Adaptive Federated Optimization (FedAdagrad, FedAdam,
+FedYogi).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from common.study import FedAdaptive, FedAvg, FedAvgM, ServerOptimizer
+from common.study import FedAdagrad, FedAdaptive, FedAvg, FedAvgM, ServerOptimizer
 
 Vector = NDArray[np.float32]
 OptimizerState = dict[str, Vector]
@@ -83,17 +84,22 @@ def _step(
 
 
 def _adaptive_step(
-    model: Vector, update: Vector, state: OptimizerState, config: FedAdaptive
+    model: Vector, update: Vector, state: OptimizerState, config: FedAdaptive | FedAdagrad
 ) -> tuple[Vector, OptimizerState]:
     """Algorithm 2 of Reddi et al. (2021), without bias correction, as there."""
-    beta1, beta2 = np.float32(config.beta1), np.float32(config.beta2)
-    one = np.float32(1)
-    square = update * update
+    beta1, one = np.float32(config.beta1), np.float32(1)
     first: Vector = beta1 * state["first"] + (one - beta1) * update
-    second: Vector
-    if config.name == "fedadam":
-        second = beta2 * state["second"] + (one - beta2) * square
-    else:
-        second = state["second"] - (one - beta2) * square * np.sign(state["second"] - square)
+    second = _second_moment(update * update, state["second"], config)
     ratio: Vector = np.divide(first, np.sqrt(second) + np.float32(config.tau))
     return model + np.float32(config.learning_rate) * ratio, {"first": first, "second": second}
+
+
+def _second_moment(square: Vector, before: Vector, config: FedAdaptive | FedAdagrad) -> Vector:
+    if isinstance(config, FedAdagrad):
+        return before + square
+    beta2, one = np.float32(config.beta2), np.float32(1)
+    changed: Vector = (one - beta2) * square
+    if config.name == "fedadam":
+        return beta2 * before + changed
+    changed *= np.sign(before - square)
+    return before - changed

@@ -14,6 +14,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from common.cli import figures_line
 from common.study import Study
 from server.secure_sum import Void
 
@@ -179,11 +180,6 @@ def _table(states: Mapping[str, str]) -> Table:
         colour = {"ready": "green", "not connected": "dim"}.get(state, "yellow")
         table.add_row(name, f"[{colour}]{state}[/]")
     return table
-
-
-def figures_line(figures: dict[str, Any]) -> str:
-    """The scalar figures of a model, side by side."""
-    return "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:

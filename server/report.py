@@ -22,10 +22,12 @@ from common.audit import verify as verify_log
 from common.errors import ConfigError, DataError, FederationError, RemoteProtocolError
 from common.identity import Certified
 from common.models.build import build_network
+from common.models.flat import is_parameter
 from common.privacy_report.texts import Texts
 from common.seal import SIGNATURE, SUMS, check_files, check_signature_of, read_sums
 from common.simulation import STUDY
 from server.global_model import averaged_model, moving_average
+from server.reporting.boxed import draw_boxed
 from server.reporting.facts import facts_of
 from server.reporting.figures import draw_pictures
 from server.reporting.overlays import draw_overlays
@@ -34,6 +36,7 @@ from server.reporting.phantoms import draw_phantoms
 from server.reporting.privacy import privacy_facts
 from server.reporting.record import Facts, Record, read_record
 from server.reporting.statements import check_statements
+from server.reporting.worth import worth_of
 from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, SUMMARY, RunDir
 from server.transcript import TRANSCRIPT
 
@@ -66,8 +69,9 @@ def write_report(folder: Path) -> Path:
     check_files(folder, {name: sha for name, sha in digests.items() if "models/" not in name})
     record = read_record(run_dir, digests)
     check_record(record)
-    phantoms, overlays = draw_phantoms(record), draw_overlays(record)
+    phantoms, overlays = draw_phantoms(record), draw_overlays(record) + draw_boxed(record)
     facts = facts_of(record)
+    facts["worth"] = worth_of(record)
     facts["examples"] = [phantom.facts for phantom in phantoms] + [kept.facts for kept in overlays]
     pictures = draw_pictures(facts, record.study, run_dir.counts("test"), phantoms)
     page = render(facts, record.study, pictures, overlays)
@@ -228,7 +232,7 @@ def _recorded_twice(record: Record) -> Iterator[tuple[str, str, Any, Any]]:
     yield "bytes_up_per_site", EVALUATIONS, sent, summary["bytes_up_per_site"]
     yield "final_model_sha256", FINAL, record.digests[FINAL], summary["final_model_sha256"]
     tensors = record.run_dir.tensors(summary["returned_round"])
-    num_params = sum(tensor.size for tensor in tensors.values())
+    num_params = sum(tensor.size for name, tensor in tensors.items() if is_parameter(name))
     yield "num_params", "models/", num_params, summary["num_params"]
     scored = {"test": summary["metrics"]["final"]}
     for number, figures in enumerate(by_round, start=1):
@@ -243,7 +247,8 @@ def _returned_model(record: Record) -> dict[str, NDArray[np.float32]]:
     config, run_dir = record.study.server_optimizer, record.run_dir
     last = record.summary["returned_round"]
     if not config.ema:
-        return run_dir.tensors(last)
+        tensors = run_dir.tensors(last)
+        return {name: tensor for name, tensor in tensors.items() if is_parameter(name)}
     average = {name: np.zeros_like(tensor) for name, tensor in run_dir.tensors(1).items()}
     for number in range(1, last + 1):
         for name, tensor in run_dir.tensors(number).items():

@@ -291,7 +291,7 @@ class RunDir:
         self, model: NDArray[np.float32], schema: Schema, kept: Mapping[str, NDArray[np.float32]]
     ) -> str:
         """Write the returned model, its frozen part too, without metadata; its file's SHA-256."""
-        write_tensors(self.path / FINAL, {**schema.split(model), **kept})
+        write_tensors(self.path / FINAL, {**schema.own(model), **kept})
         return digest_of(self.path / FINAL)
 
     def final_model(self) -> dict[str, NDArray[np.float32]]:

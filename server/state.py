@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from common.manifest import Manifest
 from common.messages import Purpose, RoundTask, digest_of_model
+from common.models.flat import Schema
 from common.quantize import EXPONENT_RANGE, Ring, next_exponents
 from common.study import DifferentialPrivacy, Study
 from common.tasks import Figures
@@ -20,9 +21,14 @@ from server.global_model import (
     averaged_model,
     initial_optimizer_state,
 )
+from server.scaffold import Last, blocks_after
 from server.secure_sum import Total
 
-HIGHER_IS_BETTER = {"loss": False}  # every other figure is better when larger
+HIGHER_IS_BETTER = {
+    "loss": False,
+    "hd95": False,
+    "calibration_error": False,
+}  # every other figure is better when larger
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,19 @@ class State:
         figures: Figures,
         study: Study,
         manifest: Manifest,
-        sizes: tuple[int, ...],
+        schema: Schema,
     ) -> State:
         """One round further: the mean update applied, the incoming model's figures noted."""
+        sizes = schema.sizes
         update = total.mean_update(manifest, sizes)
+        keeps = study.training.keeps_state
+        last = Last(self.round_number + 1, total.survivors, total.weight)
+        blocks = blocks_after(self.model, update, schema, last, study) if keeps else None
         model, optimizer = apply_mean_update(
             self.model, update, self.optimizer, study.server_optimizer
         )
+        if blocks is not None:
+            model[schema.num_own :] = blocks
         exponents = next_exponents(
             total.values,
             total.clipped,

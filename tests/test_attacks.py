@@ -130,7 +130,7 @@ def test_a_site_that_has_lost_its_memory_leaves_and_the_others_go_on(
 def test_an_update_that_is_not_finite_stays_at_its_site(
     value: float, federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverged(task: RoundTask, site: Site) -> LocalUpdate:
+    def diverged(task: RoundTask, site: Site, _: object) -> LocalUpdate:
         update = update_of(task, site)
         update.values[3] = value
         return update

@@ -8,11 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tomli_w
 from deployment import found, running
 
 from client.config import simulated_table
 from client.dataset import count_training_units
-from common.config import load, read_table
+from common.config import load, read_table, replace_value
 from common.study import Study
 from server.report import verify
 
@@ -64,7 +65,48 @@ def test_a_seeded_private_study_is_the_same_under_flower_in_one_process_deployed
     assert other_noise["final_model_sha256"] != local["final_model_sha256"]
 
 
-def _deploy(study: Path, folder: Path) -> dict[str, object]:
+ALGORITHMS: dict[str, dict[str, object]] = {
+    "FedBN, SCAFFOLD and frozen layers": {
+        "model.frozen": ["features.0"],
+        "training.local_normalisation": True,
+        "training.control_variates": True,
+        "training.optimizer": "sgd",
+        "training.weight_decay": 0.0,
+        "training.learning_rate": 0.05,
+    },
+    "early stopping": {
+        "num_rounds": 6,
+        "training.early_stopping": {"figure": "loss", "patience": 1},
+        "training.learning_rate": 0.1,  # too high: the loss rises soon
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("title", ALGORITHMS)
+def test_what_sites_keep_and_when_a_run_ends_is_the_same_in_all_runtimes(
+    title: str, tmp_path: Path
+) -> None:
+    table = read_table(ROOT / "studies/phantoms.toml")
+    table["num_rounds"], table["training"]["local_epochs"] = 3, 1
+    for key, value in ALGORITHMS[title].items():
+        replace_value(table, key, value)
+    study = tmp_path / "kept.toml"
+    study.write_text(tomli_w.dumps(table))
+    data = {"name": "phantoms", "format": "phantom", "num_patients": 24}
+    study.with_suffix(".site.toml").write_text(tomli_w.dumps({"data": data}))
+    arguments = ["--study", str(study), "--sites", "3"]
+    local = _run("simulate", tmp_path / "local", *arguments)
+    flower = _run("flwr-run", tmp_path / "flower", *arguments)
+    for other in (flower, _deploy(study, tmp_path / "deployed", num_statements=0)):
+        assert other["final_model_sha256"] == local["final_model_sha256"]
+        assert other["metrics"] == local["metrics"]
+    if title == "early stopping":
+        assert local["num_rounds"] < 6  # type: ignore[operator]
+
+
+def _deploy(study: Path, folder: Path, num_statements: int = 3 * (4 + 2)) -> dict[str, object]:
     """The same over TLS: a coordinator and three hospitals, each a process of its own."""
     folder.mkdir()
     data = read_table(study.with_suffix(".site.toml"))["data"]
@@ -77,7 +119,7 @@ def _deploy(study: Path, folder: Path) -> dict[str, object]:
         consortium.start_coordinator()
         assert consortium.wait("coordinator") == 0, consortium.log("coordinator")
     summary: dict[str, object] = json.loads((consortium.run_dir / "summary.json").read_text())
-    assert verify(consortium.run_dir).num_statements == 3 * (4 + 2)
+    assert verify(consortium.run_dir).num_statements == num_statements
     return summary
 
 

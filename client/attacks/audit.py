@@ -113,6 +113,8 @@ def audit(
     """
     if not isinstance(study.privacy, DifferentialPrivacy):
         raise ConfigError(f"study {study.name}: [privacy] is needed, to see what it withstands")
+    if study.table is not None:
+        raise ConfigError(f"study {study.name}: the attacks are on images, not on clinical columns")
     if study.task.kind != "classification":
         raise ConfigError(f"task {study.task.kind}: the attacks are on classification of images")
     classes = _classes(images)

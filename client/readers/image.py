@@ -59,9 +59,19 @@ def read_mask(path: Path, valid: Path | None, num_classes: int) -> NDArray[np.ui
         mask = values.astype(np.uint8)
     if valid is None:
         return mask
-    inside = _plain_values(valid, as_grey=True) != 0
+    return cut_to_valid(mask, _plain_values(valid, as_grey=True) != 0, valid.name)
+
+
+def cut_to_valid(
+    mask: NDArray[np.uint8], inside: NDArray[np.bool_], name: str
+) -> NDArray[np.uint8]:
+    """A mask that is ``OUTSIDE`` beyond the valid region, which has a name in messages.
+
+    Raises:
+      DataError: The two differ in size.
+    """
     if inside.shape != mask.shape:
-        raise DataError(f"{valid.name}: the valid region and the mask differ in size")
+        raise DataError(f"{name}: the valid region and the mask differ in size")
     mask[~inside] = OUTSIDE
     return mask
 

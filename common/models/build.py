@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import nn
@@ -11,17 +12,27 @@ from torch import nn
 from common.errors import ConfigError
 from common.models.classifiers import densenet121, efficientnet_b0, resnet18
 from common.models.cnn import SmallCnn
-from common.models.flat import FlatNetwork
-from common.models.unet import attention_unet, unet
+from common.models.detector import Detector
+from common.models.flat import CONTROL, SUMMED, WEIGHT, FlatNetwork
+from common.models.tabular import ImageAndTable, logistic, mlp
+from common.models.unet import attention_unet, segresnet, unet
 from common.study import (
     AttentionUnet,
+    CenterUnet,
     Cnn,
     DenseNet121,
     EfficientNetB0,
+    Logistic,
+    Mlp,
+    Model,
+    Multimodal,
     ResNet18,
+    SegResNet,
     Study,
     Unet,
 )
+
+NORMS = (nn.GroupNorm, nn.LayerNorm)  # every network here is normalised by one of these
 
 
 def build_network(study: Study, device: torch.device | str = "cpu") -> FlatNetwork:
@@ -44,8 +55,66 @@ def build_network(study: Study, device: torch.device | str = "cpu") -> FlatNetwo
         torch.manual_seed(study.seed)
         module = _module(study)
     _freeze(module, study.model.frozen)
-    planar_unet = isinstance(study.model, Unet | AttentionUnet) and len(study.input.size) == 2  # noqa: PLR2004
-    return FlatNetwork(module, torch.device(device), channels_last=planar_unet)
+    fills = isinstance(study.model, Unet | AttentionUnet | SegResNet | CenterUnet)
+    is_planar = len(study.input.size) == 2  # noqa: PLR2004
+    local = _local(module) if study.training.local_normalisation else ()
+    return FlatNetwork(
+        module,
+        torch.device(device),
+        channels_last=fills and is_planar,
+        local=local,
+        blocks=_blocks(study, module, local),
+    )
+
+
+def _local(module: nn.Module) -> set[str]:
+    """Names of the parameters of all layers that normalise.
+
+    Raises:
+      ConfigError: The network has none.
+
+    Source:
+      Li et al. (2021), FedBN: Federated Learning on Non-IID Features via Local Batch Normalization.
+      Here it is group normalisation that stays.
+    """
+    names = {
+        f"{place}.{name}"
+        for place, layer in module.named_modules()
+        if isinstance(layer, NORMS)
+        for name, parameter in layer.named_parameters(recurse=False)
+        if parameter.requires_grad
+    }
+    if not names:
+        raise ConfigError(
+            "training.local_normalisation: this network trains no layer that normalises; leave it "
+            "out"
+        )
+    return names
+
+
+def _blocks(
+    study: Study, module: nn.Module, local: Collection[str]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """What travels behind the parameters: see ``common.models.flat``."""
+    blocks: list[tuple[str, tuple[int, ...]]] = []
+    if study.training.control_variates:
+        blocks += [
+            (CONTROL + name, tuple(parameter.shape))
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad and name not in local
+        ]
+    if study.training.keeps_state:
+        blocks += [(SUMMED, (max(1, len(study.site_names)),)), (WEIGHT, (1,))]
+    return blocks
+
+
+def row_shape(study: Study) -> tuple[int, ...]:
+    """Shape of what the network takes for one sample: an image, or its pixels with its table."""
+    config = study.input
+    shape = (config.channels, *config.size)
+    if study.table is None:
+        return shape
+    return ((math.prod(shape) if config.size else 0) + study.table.num_features,)
 
 
 def digest_of_weights(network: FlatNetwork) -> str:
@@ -57,9 +126,27 @@ def digest_of_weights(network: FlatNetwork) -> str:
 
 
 def _module(study: Study) -> nn.Module:
-    num_channels, num_outputs = study.input.channels, study.task.num_outputs
-    num_dims = len(study.input.size)
+    num_outputs = study.task.num_outputs
+    num_features = study.table.num_features if study.table else 0
     match study.model:
+        case Logistic() as config:
+            return logistic(config, num_features, num_outputs)
+        case Mlp() as config:
+            return mlp(config, num_features, num_outputs)
+        case Multimodal() as config:
+            image = _of_images(study, config.image, config.image_features)
+            shape = (study.input.channels, *study.input.size)
+            return ImageAndTable(config, image, shape, num_features, num_outputs)
+        case config:
+            return _of_images(study, config, num_outputs)
+
+
+def _of_images(  # noqa: PLR0911 - one for each network
+    study: Study, model: Model, num_outputs: int
+) -> nn.Module:
+    num_channels = study.input.channels
+    num_dims = len(study.input.size)
+    match model:
         case Cnn() as config:
             return SmallCnn(config, num_channels, num_outputs)
         case ResNet18() as config:
@@ -68,10 +155,16 @@ def _module(study: Study) -> nn.Module:
             return densenet121(config, num_dims, num_channels, num_outputs)
         case EfficientNetB0() as config:
             return efficientnet_b0(config, num_dims, num_channels, num_outputs)
+        case CenterUnet() as config:
+            return Detector(config, num_channels, num_outputs)
         case AttentionUnet() as config:
             return attention_unet(config, num_dims, num_channels, num_outputs)
-        case config:
+        case SegResNet() as config:
+            return segresnet(config, num_dims, num_channels, num_outputs)
+        case Unet() as config:
             return unet(config, num_dims, num_channels, num_outputs)
+        case _:
+            raise AssertionError(f"{model.name} is no network of images")
 
 
 def _freeze(module: nn.Module, beginnings: Sequence[str]) -> None:

@@ -1,16 +1,18 @@
-"""U-Nets for images and volumes, with GroupNorm: one logit per class and pixel.
+"""Networks that segment images and volumes, with GroupNorm: one logit per class and pixel.
 
-Source: Ronneberger et al. (2015), U-Net; Oktay et al. (2018), Attention U-Net.
+Source: Ronneberger et al. (2015), U-Net; Oktay et al. (2018), Attention U-Net; Myronenko (2018), 3D
+MRI Brain Tumor Segmentation Using Autoencoder Regularization (SegResNet, without its autoencoder).
 """
 
 from __future__ import annotations
 
 from monai.networks.nets import AttentionUnet as MonaiAttentionUnet
+from monai.networks.nets import SegResNet as MonaiSegResNet
 from monai.networks.nets import UNet
 from torch import Tensor, nn
 
 from common.models.normalise import to_group_norm
-from common.study import AttentionUnet, Unet
+from common.study import AttentionUnet, SegResNet, Unet
 
 NUM_GROUPS = 4
 NUM_FEATURES = 8  # maps of full size from which the last convolution decides
@@ -64,3 +66,18 @@ def attention_unet(
         dropout=config.dropout,
     )
     return _Segmenter(to_group_norm(network), num_dims, num_outputs)
+
+
+def segresnet(config: SegResNet, num_dims: int, num_channels: int, num_outputs: int) -> nn.Module:
+    """Takes (batch, channels, *size) and returns (batch, num_outputs, *size)."""
+    network: nn.Module = MonaiSegResNet(
+        spatial_dims=num_dims,
+        init_filters=config.filters,
+        in_channels=num_channels,
+        out_channels=num_outputs,
+        dropout_prob=config.dropout or None,
+        norm=("GROUP", {"num_groups": NUM_GROUPS}),
+        blocks_down=config.blocks,
+        blocks_up=(1,) * (len(config.blocks) - 1),
+    )
+    return network

@@ -13,8 +13,9 @@ from common.config import Frozen
 from common.errors import ConfigError
 from common.study.model import Model, model_misfits
 from common.study.privacy import DifferentialPrivacy, Privacy
+from common.study.table import Table
 from common.study.task import Task
-from common.study.training import FedAvg, Input, Positive, ServerOptimizer, Training
+from common.study.training import Augmentation, FedAvg, Input, Positive, ServerOptimizer, Training
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")]
 
@@ -73,7 +74,8 @@ class Study(Frozen):
     torch_threads: Annotated[int, Field(ge=1, le=256)] = 1
     task: Task
     model: Model
-    input: Input
+    input: Input = Input(size=())  # as given: no images
+    table: Table | None = None
     training: Training
     server_optimizer: ServerOptimizer = FedAvg()
     privacy: Privacy
@@ -94,10 +96,12 @@ class Study(Frozen):
         if isinstance(self.privacy, DifferentialPrivacy):
             yield from self._privacy_conflicts()
         task = self.task.kind
-        yield from model_misfits(self.model, task=task, size=self.input.size)
+        yield from model_misfits(
+            self.model, task=task, size=self.input.size, has_table=self.table is not None
+        )
         yield from self.training.loss.misfits(task=task, num_classes=len(self.task.classes))
         if self.input.patches and task != "segmentation":
-            yield "input.patches", "a label is one of the whole image; leave patches out"
+            yield "input.patches", f"{task} looks at whole images; leave patches out"
         if self.input.patches and self.training.local_steps is None:
             yield "training.local_epochs", "an epoch of patches has no end; give local_steps"
         if self.input.colour != "luminance" and self.input.channels != 1:
@@ -113,8 +117,34 @@ class Study(Frozen):
             yield "server_optimizer.ema", text
         if training.logit_adjustment and self.task.kind != "classification":
             yield "training.logit_adjustment", "shifts labels of whole images; leave it out"
+        if self.task.kind == "detection" and training.augmentation.rotate_degrees:
+            text = "a turned box is no box along the edges; leave it out, or use quarter_turns"
+            yield "training.augmentation.rotate_degrees", text
+        if not self.input.size and training.augmentation != Augmentation():
+            yield "training.augmentation", "changes images, and there are none; leave it out"
+        if training.keeps_state:
+            yield from self._state_conflicts()
         if training.warmup_rounds >= self.num_rounds > 1:
             yield "training.warmup_rounds", f"the study has {self.num_rounds} rounds in all"
+
+    def _state_conflicts(self) -> Iterator[tuple[str, str]]:
+        """What sites that keep something from round to round cannot do besides."""
+        training, server = self.training, self.server_optimizer
+        which = "control_variates" if training.control_variates else "local_normalisation"
+        if training.early_stopping:
+            text = f"{which} keeps what belongs to the last round's model alone; leave one out"
+            yield "training.early_stopping", text
+        if server.ema:
+            yield "server_optimizer.ema", f"{which} belongs to one model, not an average; leave out"
+        if training.control_variates:
+            plain = training.optimizer == "sgd" and not training.momentum
+            if not plain or training.weight_decay:
+                text = "control variates are means of gradients: use plain sgd, without momentum"
+                yield "training.control_variates", text + " and weight_decay"
+            if not isinstance(server, FedAvg):
+                yield "server_optimizer.name", "control variates go with fedavg"
+            if training.proximal:
+                yield "training.proximal", "control variates correct drift already; leave one out"
 
     def _privacy_conflicts(self) -> Iterator[tuple[str, str]]:
         """What would release more about a patient than the noise covers."""
@@ -127,6 +157,9 @@ class Study(Frozen):
         if self.training.loss.has_dice and self.training.loss.dice_over == "batch":
             text = "would make one patient's gradient depend on another's; set it to image"
             yield "training.loss.dice_over", text
+        if self.training.control_variates:
+            text = "sends the site's mean gradient besides, which the noise does not cover"
+            yield "training.control_variates", f"{text}; leave it out"
         if self.training.mixed_precision:
             text = "rounds what the clip norm is measured on; leave it out"
             yield "training.mixed_precision", text

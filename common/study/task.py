@@ -1,4 +1,4 @@
-"""What a study asks of an image: a label, or a class for every pixel."""
+"""What a study asks of an image: a label, a class for every pixel, or boxes around findings."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from common.config import Frozen, PrintableText
 
+NUM_SIDES = 4  # of a box: left, upper, right, lower
 ClassName = Annotated[PrintableText, Field(max_length=64)]
 Classes = Annotated[tuple[ClassName, ...], Field(min_length=1, max_length=64)]
 
@@ -36,7 +37,7 @@ class Classification(Frozen):
     @property
     def figures(self) -> tuple[str, ...]:
         """Scalar figures of this task, and so what early stopping may watch."""
-        return ("loss", "auroc", "accuracy", "precision", "recall", "f1")
+        return ("loss", "auroc", "accuracy", "precision", "recall", "f1", "calibration_error")
 
 
 class Segmentation(Frozen):
@@ -60,10 +61,36 @@ class Segmentation(Frozen):
     @property
     def figures(self) -> tuple[str, ...]:
         """Scalar figures of this task, and so what early stopping may watch."""
-        return ("loss", "dice", "iou", "sensitivity", "precision")
+        return ("loss", "dice", "iou", "sensitivity", "precision", "hd95")
 
 
-Task = Annotated[Classification | Segmentation, Field(discriminator="kind")]
+class Detection(Frozen):
+    """Where in an image something is: boxes, each of one class."""
+
+    kind: Literal["detection"]
+    classes: Classes
+    max_boxes: Annotated[int, Field(ge=1, le=512)] = 64
+    """Boxes that one image may have; an image with more is refused, not cut."""
+    threshold: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Score from which a finding is shown, and counted by precision and recall."""
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Detection:
+        _check_names(self.classes)
+        return self
+
+    @property
+    def num_outputs(self) -> int:
+        """Numbers the network returns for one place: a score per class, and four sides."""
+        return len(self.classes) + NUM_SIDES
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Scalar figures of this task, and so what early stopping may watch."""
+        return ("loss", "map50", "froc", "recall", "precision")
+
+
+Task = Annotated[Classification | Segmentation | Detection, Field(discriminator="kind")]
 
 
 def _check_names(classes: tuple[str, ...]) -> None:

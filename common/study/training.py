@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from common.config import Frozen
 
@@ -16,23 +16,47 @@ FOCAL_GAMMA = 2.0  # of Lin et al. (2017)
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _check_sides(size: tuple[int, ...]) -> tuple[int, ...]:
+    if len(size) == 1:
+        raise ValueError("an image has two sides, a volume three")
+    return size
+
+
 class Input(Frozen):
     """How every site turns a file into the network's input."""
 
     size: Annotated[
-        tuple[Annotated[int, Field(ge=8, le=1024)], ...], Field(min_length=2, max_length=3)
+        tuple[Annotated[int, Field(ge=8, le=1024)], ...],
+        Field(max_length=3),
+        AfterValidator(_check_sides),
     ]
-    """Height and width, or depth, height and width; of a patch where ``patches`` is set."""
+    """Height and width, or depth, height and width; of a patch where ``patches`` is set. Empty in a
+    study without images."""
     patches: bool = False
     """Images keep their own size: training draws patches, scoring slides a window over all."""
     channels: Literal[1, 3] = 1
     colour: Literal["luminance", "red", "green", "blue"] = "luminance"
     """Which grey value a colour file gives where ``channels`` is 1."""
-    intensity: Literal["dtype", "image"] = "dtype"
+    intensity: Literal["dtype", "image", "window", "file-window"] = "dtype"
     """``dtype``: grey values over the range of the file's number type; ``image``: each image to
-    mean 0 and standard deviation 1. No statistic of a data set enters either way."""
+    mean 0 and standard deviation 1; ``window``: those from ``window`` to 0 and 1; ``file-window``:
+    those from the window that a DICOM file names. No statistic of a data set enters."""
+    window: tuple[float, float] | None = None  # lowest and highest value; in CT, Hounsfield units
+    spacing: Annotated[tuple[Positive, ...], Field(min_length=2, max_length=3)] | None = None
+    """Millimetres between pixels that every image is resampled to, in the order of ``size``; the
+    files must say theirs, as DICOM and NIfTI do."""
     mean: float = 0.0  # then every value becomes (value - mean) / std
     std: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _check_values(self) -> Input:
+        if (self.intensity == "window") != (self.window is not None):
+            raise ValueError('window = [low, high] belongs to intensity = "window"')
+        if self.window is not None and not self.window[0] < self.window[1]:
+            raise ValueError("the lowest value that is kept must be below the highest")
+        if self.spacing is not None and len(self.spacing) != len(self.size):
+            raise ValueError("spacing and size must have as many values")
+        return self
 
 
 class Augmentation(Frozen):
@@ -80,6 +104,8 @@ class TrainingLoss(Frozen):
         """Where the loss does not fit the task: the key and what is wrong."""
         if self.has_dice and task != "segmentation":
             yield "training.loss.kind", f"{self.kind} compares masks; this task is {task}"
+        if task == "detection" and self.kind != "focal":
+            yield "training.loss.kind", f"{self.kind} does not find centres; detection takes focal"
         if self.class_weights and len(self.class_weights) != num_classes:
             given = len(self.class_weights)
             yield "training.loss.class_weights", f"{given} given, the task has {num_classes}"
@@ -107,6 +133,10 @@ class Training(Frozen):
     logit_adjustment: bool = False
     proximal: Annotated[float, Field(ge=0)] = 0.0
     """FedProx: pull towards the round's model, as a multiple of the distance from it."""
+    control_variates: bool = False
+    """SCAFFOLD: every step is corrected by how the site's gradients differ from all sites'."""
+    local_normalisation: bool = False
+    """FedBN: layers that normalise are trained at each site for itself and never sent."""
     mixed_precision: bool = False  # bfloat16 where it is safe; faster on a GPU
     augmentation: Augmentation = Augmentation()
     early_stopping: EarlyStopping | None = None
@@ -118,6 +148,11 @@ class Training(Frozen):
         if self.momentum and self.optimizer != "sgd":
             raise ValueError("momentum belongs to sgd; adam and adamw have their own")
         return self
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a site keeps something from round to round."""
+        return self.control_variates or self.local_normalisation
 
 
 class _ServerOptimizer(Frozen):
@@ -150,4 +185,15 @@ class FedAdaptive(_ServerOptimizer):
     tau: Positive = 0.001  # how adaptive: added to the root of the second moment
 
 
-ServerOptimizer = Annotated[FedAvg | FedAvgM | FedAdaptive, Field(discriminator="name")]
+class FedAdagrad(_ServerOptimizer):
+    """Adagrad's rule: squares of all mean updates add up, and no step grows again."""
+
+    name: Literal["fedadagrad"]
+    learning_rate: Positive = 0.01
+    beta1: Decay = 0.0
+    tau: Positive = 0.001  # how adaptive: added to the root of the sum
+
+
+ServerOptimizer = Annotated[
+    FedAvg | FedAvgM | FedAdaptive | FedAdagrad, Field(discriminator="name")
+]

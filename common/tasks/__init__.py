@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from common.study import Classification, Study
+from common.study import Classification, Detection, Study
 from common.tasks.base import Figures, Loss, Task
 from common.tasks.classification import ClassificationTask
+from common.tasks.detection import DetectionTask
 from common.tasks.segmentation import SegmentationTask
 
-__all__ = ["ClassificationTask", "Figures", "Loss", "SegmentationTask", "Task", "task_of"]
+__all__ = [
+    "ClassificationTask",
+    "DetectionTask",
+    "Figures",
+    "Loss",
+    "SegmentationTask",
+    "Task",
+    "task_of",
+]
 
 
 def task_of(study: Study) -> Task:
@@ -17,4 +26,6 @@ def task_of(study: Study) -> Task:
         return ClassificationTask(
             study.task, training.loss, adjust_logits=training.logit_adjustment
         )
-    return SegmentationTask(study.task, training.loss, study.input.size)
+    if isinstance(study.task, Detection):
+        return DetectionTask(study.task, training.loss, study.input.size)
+    return SegmentationTask(study.task, training.loss, study.input.size, study.input.spacing)

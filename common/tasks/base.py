@@ -13,6 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.quantize import FIXED_POINT
+
+MAX_LOSS = 2.0**10  # per image: two million diverged images still fit the sum
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 Figures = dict[str, Any]
 
@@ -42,6 +46,17 @@ class Task(Protocol):
     def figures(self, counts: NDArray[np.int64]) -> Figures:
         """Figures from summed counts, ready for JSON; what is undefined is None."""
         ...
+
+
+def summed_loss(losses: Tensor) -> int:
+    """Losses of images as a fixed-point sum; a diverged one counts as ``MAX_LOSS``, not as NaN."""
+    bounded = losses.detach().double().clamp(0, MAX_LOSS).nan_to_num(nan=MAX_LOSS)
+    return int((bounded * FIXED_POINT).round().sum())
+
+
+def mean_loss(total: int, num_examples: int) -> float | None:
+    """The mean of what ``summed_loss`` added up; None of nothing."""
+    return ratio(total / FIXED_POINT, num_examples)
 
 
 def ratio(part: float, whole: float) -> float | None:

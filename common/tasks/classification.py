@@ -1,9 +1,7 @@
 """Binary, multi-class and multi-label classification of whole images.
 
 The counts hold a confusion matrix and, per class, two histograms of the score: of images that have
-the class and of those that do not. AUROC follows from the histograms by the trapezoid rule, within
-the width of a bin. Bins stand in the logit of the class probability, where the scores of a
-confident network still differ, and are finest around 0, where an untrained one puts all of them.
+the class and of those that do not. AUROC follows from the histograms within the width of a bin.
 """
 
 from __future__ import annotations
@@ -16,15 +14,11 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.quantize import FIXED_POINT
 from common.study import Classification, TrainingLoss
-from common.tasks.base import Figures, Loss, mean, ratio
+from common.tasks.base import Figures, Loss, mean, mean_loss, ratio, summed_loss
+from common.tasks.intervals import Interval, of_auroc, of_share
 from common.tasks.losses import surprise, surprise_by_label
-
-NUM_BINS = 1024
-LOGIT_RANGE = 64.0  # scores beyond sigmoid(+-64) share the outermost bins
-FINEST = 8.0  # bins are finest within +-1 / FINEST of logit 0
-MAX_LOSS = 2.0**10  # per image: two million diverged images still fit the sum
+from common.tasks.scores import NUM_BINS, auroc, bins_of, calibration_error
 
 
 @dataclass(frozen=True)
@@ -81,11 +75,10 @@ class ClassificationTask:
         vector = np.zeros(self.num_counts, np.int64)
         counts = self.view(vector)
         with torch.no_grad():
-            each = self._losses(outputs, targets).double().clamp(0, MAX_LOSS)
-            losses = each.nan_to_num(nan=MAX_LOSS).cpu().numpy()
+            loss = summed_loss(self._losses(outputs, targets))
             truth, predicted, logits = self._decisions(outputs, targets)
         counts.num_examples[0] += len(truth)
-        counts.loss[0] += int(np.rint(losses * FIXED_POINT).sum())
+        counts.loss[0] += loss
         counts.all_right[0] += int((truth == predicted).reshape(len(truth), -1).all(axis=1).sum())
         if self.labels == "multilabel":
             for label in range(self.num_outputs):
@@ -95,13 +88,15 @@ class ClassificationTask:
             np.add.at(counts.confusion[0], (truth, predicted), 1)
             one_hot = np.eye(len(self.classes), dtype=np.int64)[truth]
             has_class = one_hot[:, 1:] if self.labels == "binary" else one_hot
-        bins = _bins(logits)
+        bins = bins_of(logits)
         for score in range(self.num_outputs):
             np.add.at(counts.scores[score], (has_class[:, score], bins[:, score]), 1)
         return vector
 
     def figures(self, counts: NDArray[np.int64]) -> Figures:
         """Accuracy, precision, recall, F1, AUROC, loss and confusion; see ``Task.figures``.
+
+        Probabilities are compared with what was true as well, class by class.
 
         Binary figures are those of the positive class. Above two classes they are macro averages
         over the classes for which they are defined. Multi-label accuracy is the share of images
@@ -111,16 +106,34 @@ class ClassificationTask:
         num_examples = int(view.num_examples[0])
         true_positive, predicted, actual = self._class_totals(view.confusion)
         return {
-            "loss": ratio(float(view.loss[0]) / FIXED_POINT, num_examples),
+            "loss": mean_loss(int(view.loss[0]), num_examples),
             "num_examples": num_examples,
             "auroc": mean([auroc(without, having) for without, having in view.scores]),
             "accuracy": ratio(int(view.all_right[0]), num_examples),
             "precision": mean(map(ratio, true_positive, predicted)),
             "recall": mean(map(ratio, true_positive, actual)),
             "f1": mean(map(ratio, 2 * true_positive, predicted + actual)),
+            "calibration_error": mean([calibration_error(*pair) for pair in view.scores]),
+            "intervals": self._intervals(view),
             "confusion": (
                 view.confusion if self.labels == "multilabel" else view.confusion[0]
             ).tolist(),
+        }
+
+    def _intervals(self, view: Counts) -> dict[str, Interval | None]:
+        """95 % intervals of the figures that are shares of images, or of pairs of them."""
+        known = {"accuracy": of_share(int(view.all_right[0]), int(view.num_examples[0]))}
+        if self.labels != "binary":
+            return known
+        (true_negative, false_positive), (false_negative, true_positive) = view.confusion[
+            0
+        ].tolist()
+        return {
+            "auroc": of_auroc(*view.scores[0]),
+            **known,
+            "precision": of_share(true_positive, true_positive + false_positive),
+            "recall": of_share(true_positive, true_positive + false_negative),
+            "specificity": of_share(true_negative, true_negative + false_positive),
         }
 
     def view(self, counts: NDArray[np.int64]) -> Counts:
@@ -181,35 +194,3 @@ class ClassificationTask:
         if self.labels == "binary":
             return totals[0][1:], totals[1][1:], totals[2][1:]
         return totals
-
-
-def _bins(logits: NDArray[np.float64]) -> NDArray[np.int64]:
-    """The bin of each logit, 0 to NUM_BINS - 1; NaN goes to the middle."""
-    within = np.clip(np.nan_to_num(logits), -LOGIT_RANGE, LOGIT_RANGE)
-    place = np.arcsinh(within * FINEST) / np.arcsinh(LOGIT_RANGE * FINEST)
-    bins: NDArray[np.int64] = np.clip((place + 1) * (NUM_BINS / 2), 0, NUM_BINS - 1).astype(
-        np.int64
-    )
-    return bins
-
-
-def auroc(without: NDArray[np.int64], having: NDArray[np.int64]) -> float | None:
-    """Area under the ROC curve from two histograms of the score; None if one is empty.
-
-    The chance that a random image with the class scores above one without it; images in the same
-    bin count one half.
-    """
-    num_pairs = int(without.sum()) * int(having.sum())
-    if num_pairs == 0:
-        return None
-    below = np.cumsum(without) - without
-    return float((having * (2 * below + without)).sum() / (2 * num_pairs))
-
-
-def roc_curve(
-    without: NDArray[np.int64], having: NDArray[np.int64]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """False and true positive rates from the strictest threshold to the laxest."""
-    false_positives = np.concatenate([[0], np.cumsum(without[::-1])])
-    true_positives = np.concatenate([[0], np.cumsum(having[::-1])])
-    return false_positives / max(1, without.sum()), true_positives / max(1, having.sum())

@@ -2,7 +2,7 @@
 
 The counts hold, per class, the pixels that are rightly, in all and truly of it. Dice, intersection
 over union, sensitivity and precision follow from them for the pixels of all sites together, and
-only pixels inside the valid region count.
+only pixels inside the valid region count. How far outlines are apart is added up over images.
 """
 
 from __future__ import annotations
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from common.quantize import FIXED_POINT
 from common.study import Segmentation, TrainingLoss
-from common.tasks.base import Figures, Loss, mean, ratio
+from common.tasks.base import MAX_LOSS, Figures, Loss, mean, mean_loss, ratio, summed_loss
+from common.tasks.intervals import Interval, of_ratio
 from common.tasks.losses import OUTSIDE, missed_overlap, surprise
+from common.tasks.outline import hausdorff_95
 
-MAX_LOSS = 2.0**10  # per image: two million diverged images still fit the sum
+NUM_VECTORS = 8  # of one entry per class
+MOST_SQUARED = 2**53  # per image: a thousand images of 90 million pixels of a class fit the sum
 
 
 @dataclass(frozen=True)
@@ -32,18 +35,31 @@ class PixelCounts:
     right: NDArray[np.int64]  # (num_classes,) pixels of the class that the model gave it
     predicted: NDArray[np.int64]  # (num_classes,) pixels that the model gave the class
     actual: NDArray[np.int64]  # (num_classes,) pixels of the class
+    apart: NDArray[np.int64]  # (num_classes,) sum of the images' HD95, fixed point
+    compared: NDArray[np.int64]  # (num_classes,) images in which both outlines are
+    # Sums over images of squares and products of pixels.
+    both_squared: NDArray[np.int64]  # (num_classes,) of twice the right pixels
+    both_by_all: NDArray[np.int64]  # (num_classes,) of these times predicted and actual ones
+    all_squared: NDArray[np.int64]  # (num_classes,) of predicted and actual ones
 
 
 class SegmentationTask:
     """Loss, counts and figures of ``common.study.Segmentation``."""
 
-    def __init__(self, config: Segmentation, loss: TrainingLoss, size: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: Segmentation,
+        loss: TrainingLoss,
+        size: Sequence[int],
+        spacing: Sequence[float] | None = None,
+    ) -> None:
         self.classes = config.classes
         self.loss = loss
         # A score must not depend on how images were batched.
         self._scored = loss.model_copy(update={"dice_over": "image"})
         self.size = tuple(size)
-        self.num_counts = 2 + 3 * len(config.classes)
+        self._spacing = spacing
+        self.num_counts = 2 + NUM_VECTORS * len(config.classes)
 
     def local_loss(self, targets: object | None) -> Loss:  # noqa: ARG002 - see ``Task.local_loss``
         """The study's loss, mean over the images; it does not depend on the site's targets."""
@@ -58,20 +74,45 @@ class SegmentationTask:
     def counts(self, outputs: Tensor, targets: Tensor) -> NDArray[np.int64]:
         """Summable counts of one batch of masks; see ``Task.counts``."""
         with torch.no_grad():
-            each = self._losses(outputs, targets, self._scored).double().clamp(0, MAX_LOSS)
-            losses = each.nan_to_num(nan=MAX_LOSS).cpu().numpy()
-            counts = self.tally(self.decide(outputs), targets)
-        self.view(counts).loss[0] = int(np.rint(losses * FIXED_POINT).sum())
+            loss = summed_loss(self._losses(outputs, targets, self._scored))
+            decided = self.decide(outputs)
+            counts = self.tally(decided, targets)
+            self._compare(decided, targets, self.view(counts))
+        self.view(counts).loss[0] = loss
         return counts
+
+    def _compare(self, decided: Tensor, masks: Tensor, counts: PixelCounts) -> None:
+        """Add how far each image's outlines are apart, class by class without the background."""
+        for given, truth in zip(decided, masks, strict=True):
+            inside = truth != OUTSIDE
+            for number in range(1, len(self.classes)):
+                apart = hausdorff_95(
+                    (given == number) & inside, (truth == number) & inside, self._spacing
+                )
+                if apart is not None:
+                    counts.apart[number] += int(np.rint(min(apart, MAX_LOSS) * FIXED_POINT))
+                    counts.compared[number] += 1
 
     def tally(self, decided: Tensor, masks: Tensor) -> NDArray[np.int64]:
         """Counts of images and pixels alone, no loss; both masks (batch, *size)."""
         vector = np.zeros(self.num_counts, np.int64)
         counts, num = self.view(vector), len(self.classes)
         inside = masks != OUTSIDE
-        truth, given = masks[inside].long(), decided[inside].long()
-        table = torch.bincount(num * truth + given, minlength=num * num)
-        pixels = table.reshape(num, num).cpu().numpy()  # true class by predicted class
+        # True class by predicted class, image by image.
+        image = torch.arange(len(masks), device=masks.device).reshape(-1, *[1] * (masks.ndim - 1))
+        image = image.expand(masks.shape)[inside]
+        place = (image * num + masks[inside].long()) * num + decided[inside].long()
+        table = torch.bincount(place, minlength=len(masks) * num * num)
+        by_image = table.reshape(len(masks), num, num).cpu().numpy()
+        pixels = by_image.sum(axis=0)
+        both = 2 * np.diagonal(by_image, axis1=1, axis2=2)  # (batch, num_classes)
+        whole = by_image.sum(axis=1) + by_image.sum(axis=2)
+        for kept, product in (
+            (counts.both_squared, both * both),
+            (counts.both_by_all, both * whole),
+            (counts.all_squared, whole * whole),
+        ):
+            kept[:] = np.minimum(product, MOST_SQUARED).sum(axis=0)
         counts.num_examples[0] = len(masks)
         counts.right[:] = np.diagonal(pixels)
         counts.predicted[:] = pixels.sum(axis=0)
@@ -90,20 +131,42 @@ class SegmentationTask:
         num_examples = int(view.num_examples[0])
         by_class = self.figures_by_class(counts)
         return {
-            "loss": ratio(float(view.loss[0]) / FIXED_POINT, num_examples),
+            "loss": mean_loss(int(view.loss[0]), num_examples),
             "num_examples": num_examples,
             **{
                 figure: mean([of_class[figure] for of_class in by_class[1:]])
-                for figure in ("dice", "iou", "sensitivity", "precision")
+                for figure in ("dice", "iou", "sensitivity", "precision", "hd95")
             },
             "dice_by_class": {
                 name: of_class["dice"]
                 for name, of_class in zip(self.classes, by_class, strict=True)
             },
+            "intervals": {"dice": self.dice_intervals(counts)[1]} if len(self.classes) == 2 else {},  # noqa: PLR2004
         }
 
+    def dice_intervals(self, counts: NDArray[np.int64]) -> list[Interval | None]:
+        """The 95 % interval of every class's Dice; None with fewer than two images, or no pixel."""
+        view = self.view(counts)
+        num_images = int(view.num_examples[0])
+        squares = np.stack([view.both_squared, view.both_by_all, view.all_squared], axis=1)
+        return [
+            of_ratio(2 * right, whole, tuple(of_class), num_images)
+            if num_images > 1 and whole
+            else None
+            for right, whole, of_class in zip(
+                view.right.tolist(),
+                (view.predicted + view.actual).tolist(),
+                squares.tolist(),
+                strict=True,
+            )
+        ]
+
     def figures_by_class(self, counts: NDArray[np.int64]) -> list[dict[str, float | None]]:
-        """Dice, IoU, sensitivity and precision of every class, the background first."""
+        """Dice, IoU, sensitivity, precision and HD95 of every class, the background first.
+
+        HD95 is the mean over the images in which both outlines are, in millimetres where the study
+        has ``input.spacing`` and else in pixels; the background has none.
+        """
         view = self.view(counts)
         return [
             {
@@ -111,16 +174,18 @@ class SegmentationTask:
                 "iou": ratio(right, predicted + actual - right),
                 "sensitivity": ratio(right, actual),
                 "precision": ratio(right, predicted),
+                "hd95": ratio(apart / FIXED_POINT, compared),
             }
-            for right, predicted, actual in zip(
-                view.right.tolist(), view.predicted.tolist(), view.actual.tolist(), strict=True
+            for right, predicted, actual, apart, compared in zip(
+                *(each.tolist() for each in (view.right, view.predicted, view.actual)),
+                *(each.tolist() for each in (view.apart, view.compared)),
+                strict=True,
             )
         ]
 
     def view(self, counts: NDArray[np.int64]) -> PixelCounts:
         """Named views of a count vector of shape (num_counts,)."""
-        right, predicted, actual = counts[2:].reshape(3, -1)
-        return PixelCounts(counts[0:1], counts[1:2], right, predicted, actual)
+        return PixelCounts(counts[0:1], counts[1:2], *counts[2:].reshape(NUM_VECTORS, -1))
 
     def _losses(self, outputs: Tensor, masks: Tensor, config: TrainingLoss) -> Tensor:
         """One loss per image, shape (batch,)."""

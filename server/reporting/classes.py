@@ -1,4 +1,4 @@
-"""Test figures of single classes, from the summed counts: of images, or of pixels."""
+"""Test figures of single classes, from the summed counts: of images, pixels or boxes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.study import Classification, Study
-from common.tasks import ClassificationTask, SegmentationTask, task_of
+from common.tasks import ClassificationTask, DetectionTask, SegmentationTask, task_of
 from common.tasks.base import ratio
-from common.tasks.classification import Counts, auroc
+from common.tasks.classification import Counts
+from common.tasks.intervals import of_auroc
+from common.tasks.scores import auroc, calibration_error
 from server.reporting.record import Facts
 
 
@@ -18,11 +20,13 @@ def figures_by_class(study: Study, counts: NDArray[np.int64]) -> list[Facts]:
     """Test figures of every class, from counts of shape (num_counts,).
 
     A class of images stands against the rest; a binary study has one, its positive class. A class
-    of pixels is one entry each, the background first.
+    of pixels is one entry each, the background first; so is a class of boxes.
     """
     task = task_of(study)
     if isinstance(task, SegmentationTask):
         return _by_class_of_pixels(task, counts)
+    if isinstance(task, DetectionTask):
+        return _by_class_of_boxes(task, counts)
     assert isinstance(task, ClassificationTask)  # noqa: S101 - the only other kind
     assert isinstance(study.task, Classification)  # noqa: S101
     return _by_class_of_images(study.task, task.view(counts))
@@ -35,10 +39,37 @@ def _by_class_of_pixels(task: SegmentationTask, counts: NDArray[np.int64]) -> li
         {
             "class": name,
             **figures,
+            "dice_interval": interval,
             "pixels": {"true": actual, "by_model": predicted, "both": right},
         }
-        for name, figures, (actual, predicted, right) in zip(
-            task.classes, task.figures_by_class(counts), pixels, strict=True
+        for name, figures, interval, (actual, predicted, right) in zip(
+            task.classes,
+            task.figures_by_class(counts),
+            task.dice_intervals(counts),
+            pixels,
+            strict=True,
+        )
+    ]
+
+
+def _by_class_of_boxes(task: DetectionTask, counts: NDArray[np.int64]) -> list[Facts]:
+    view, shown = task.view(counts), task.first_shown
+    return [
+        {
+            "class": name,
+            **figures,
+            "boxes": {
+                "true": num_true,
+                "found": int(right[shown:].sum()),
+                "wrong": int(wrong[shown:].sum()),
+            },
+        }
+        for name, figures, num_true, (wrong, right) in zip(
+            task.classes,
+            task.figures_by_class(counts),
+            view.boxes.tolist(),
+            view.scores,
+            strict=True,
         )
     ]
 
@@ -75,6 +106,8 @@ def _class_figures(
         "class": name,
         "images": ({other: without} if other else {}) | {name: having},
         "auroc": auroc(*scores),
+        "auroc_interval": of_auroc(*scores),
+        "calibration_error": calibration_error(*scores),
         "precision": ratio(true_positive, int(table[:, 1].sum())),
         "recall": ratio(true_positive, having),
         "specificity": ratio(true_negative, without),

@@ -9,7 +9,7 @@ from typing import Any, Final
 from common.errors import FederationError
 from common.seal import SUMS
 from common.simulation import STUDY, Simulation
-from common.study import DifferentialPrivacy, NoPrivacy, Segmentation, Study
+from common.study import Detection, DifferentialPrivacy, NoPrivacy, Segmentation, Study
 from server.reporting.classes import figures_by_class
 from server.reporting.record import Facts, Record
 from server.reporting.seen import seen_by_coordinator
@@ -119,6 +119,8 @@ def _support(study: Study, classes: list[Facts], num_images: int) -> tuple[dict[
     """Test images behind the figures, by class where an image has one, and how many are few."""
     if isinstance(study.task, Segmentation):
         return {"images": num_images}, MIN_IMAGES
+    if isinstance(study.task, Detection):
+        return {entry["class"]: entry["boxes"]["true"] for entry in classes}, MIN_SUPPORT
     by_class = {name: images for entry in classes for name, images in entry["images"].items()}
     return by_class, MIN_SUPPORT
 

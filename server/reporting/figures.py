@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from common.drawing import AMBER, BLUE, INK, MUTED, STYLE, svg_of
 from common.phantom import LESION, Phantom
 from common.study import Classification, Study
-from common.tasks import ClassificationTask, task_of
-from common.tasks.classification import roc_curve
+from common.tasks import ClassificationTask, DetectionTask, task_of
+from common.tasks.scores import calibration_curve, froc_curve, precision_curve, roc_curve
 from server.reporting.glossary import title_of
 from server.reporting.phantoms import Example
 from server.reporting.record import Facts
@@ -30,6 +30,8 @@ Svg: TypeAlias = str
 
 PHASES: Final = ("#1f5f8b", "#7fa8c4", "#c9a86a", "#a3adb6", "#5b7f63", "#8a6a94")
 LARGEST_TABLE: Final = 12  # classes; a larger confusion matrix is drawn, not written
+UNBOUNDED: Final = ("loss", "hd95")  # figures that may be above 1
+MOST_EXTRA: Final = 8.0  # wrong findings per image that a curve shows
 MOST_BARS: Final = 120  # rounds; with more, bars are thinner than a printed line
 
 
@@ -55,6 +57,7 @@ def draw_pictures(
             "seconds": [_bars(spent)] if len(by_round) <= MOST_BARS else [],
             "examples": [_film(example.phantom) for example in examples],
             **_classifications(facts, study, counts),
+            **_detections(facts, study, counts),
         }
 
 
@@ -70,11 +73,64 @@ def _classifications(facts: Facts, study: Study, counts: NDArray[np.int64]) -> d
             _roc(scores, entry, study.task.labels)
             for scores, entry in zip(view.scores, facts["test"]["by_class"], strict=True)
         ],
+        "calibration": [_calibration(scores) for scores in view.scores],
         "confusion": [_heat_map(confusion)] if len(confusion) > LARGEST_TABLE else [],
     }
 
 
+def _detections(facts: Facts, study: Study, counts: NDArray[np.int64]) -> dict[str, list[Svg]]:
+    """Precision over recall and the FROC curve of every class of boxes."""
+    task = task_of(study)
+    if not isinstance(task, DetectionTask):
+        return {}
+    view, num_images = task.view(counts), facts["test"]["num_examples"]
+    drawn: dict[str, list[Svg]] = {"precision": [], "froc": []}
+    for (wrong, right), entry in zip(view.scores, facts["test"]["by_class"], strict=True):
+        found, num_true = entry["boxes"], entry["boxes"]["true"]
+        recall, precision = precision_curve(wrong, right, max(1, num_true))
+        extra, sensitivity = froc_curve(wrong, right, num_true, num_images)
+        dot = entry["recall"], entry["precision"]
+        drawn["precision"].append(
+            _curve(recall, precision, "recall", "precision", dot=dot, known=num_true > 0)
+        )
+        dot = found["wrong"] / max(1, num_images), entry["recall"]
+        drawn["froc"].append(
+            _curve(
+                np.clip(extra, None, MOST_EXTRA),
+                sensitivity,
+                "wrong findings per image",
+                "recall (sensitivity)",
+                dot=dot,
+                known=num_true > 0,
+                most=MOST_EXTRA,
+            )
+        )
+    return drawn
+
+
 # Drawing
+
+
+def _curve(
+    x: NDArray[np.float64],
+    y: NDArray[np.float64],
+    across: str,
+    up: str,
+    *,
+    dot: tuple[float | None, float | None],
+    known: bool,
+    most: float = 1.0,
+) -> Svg:
+    """One curve of a class of boxes; the dot is the study's threshold."""
+    figure, axes = _figure(2.35, 2.15)
+    if known:
+        axes.plot(x, y, color=BLUE)
+        if None not in dot:
+            axes.plot(*dot, "o", color=AMBER, markersize=5, clip_on=True)
+    else:
+        axes.text(most / 2, 0.5, "not defined", ha="center", va="center", color=MUTED)
+    axes.set(xlim=(-0.02 * most, 1.02 * most), ylim=(-0.02, 1.02), xlabel=across, ylabel=up)
+    return svg_of(figure, f"{up} over {across}")
 
 
 def _figure(
@@ -103,7 +159,7 @@ def _panel(name: str, values: Sequence[float | None], returned: int) -> Svg:
     axes.set_xlim(0.5, max(len(values), 2) + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    largest = np.nanmax(known, initial=0.0) if name == "loss" else 1.0
+    largest = np.nanmax(known, initial=0.0) if name in UNBOUNDED else 1.0
     axes.set_ylim(-0.04 * largest, (1.04 * largest) or 1)
     axes.set_xlabel("round")
     return svg_of(figure, f"{title} on validation by round; {shown} in round {returned}")
@@ -125,6 +181,20 @@ def _roc(scores: NDArray[np.int64], entry: Facts, labels: str) -> Svg:
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xticks=ticks, yticks=ticks)
     axes.set(xlabel="1 \N{MINUS SIGN} specificity", ylabel="recall (sensitivity)")
     return svg_of(figure, "ROC curve")
+
+
+def _calibration(scores: NDArray[np.int64]) -> Svg:
+    """How often it was true over what the model said; dots as large as they hold many images."""
+    figure, axes = _figure(2.35, 2.15)
+    said, true, num = calibration_curve(*scores)
+    axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.7, linestyle=(0, (3, 2)))
+    if num.size:
+        axes.plot(said, true, color=BLUE, linewidth=0.8)
+        axes.scatter(said, true, s=6 + 60 * num / num.max(), color=BLUE, zorder=3)
+    ticks = [0, 0.25, 0.5, 0.75, 1]
+    axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xticks=ticks, yticks=ticks)
+    axes.set(xlabel="probability by the model", ylabel="share that was true")
+    return svg_of(figure, "Calibration curve")
 
 
 def _heat_map(confusion: NDArray[np.int64]) -> Svg:

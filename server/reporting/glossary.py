@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from common.study import Classification, Study
+from common.study import Classification, Detection, Segmentation, Study
 from server.reporting.record import Facts
 
-TITLES: Final = {"auroc": "AUROC", "f1": "F1", "iou": "IoU", "dice": "Dice"}
+TITLES: Final = {
+    "calibration_error": "calibration error",
+    "auroc": "AUROC",
+    "f1": "F1",
+    "iou": "IoU",
+    "dice": "Dice",
+    "hd95": "HD95",
+    "map50": "mAP",
+    "froc": "FROC",
+}
 
 
 class Explained(NamedTuple):
@@ -16,6 +25,17 @@ class Explained(NamedTuple):
     figure: str
     value: float | None  # on the test images
     says: str
+    interval: list[float] | None = None  # 95 %, where one is known
+
+
+INTERVALS: Final = {  # key of a figure's interval by its name in the table
+    "AUROC": "auroc",
+    "Accuracy": "accuracy",
+    "Dice": "dice",
+    "Recall (sensitivity)": "recall",
+    "Specificity": "specificity",
+    "Precision (positive predictive value)": "precision",
+}
 
 
 def title_of(figure: str) -> str:
@@ -30,12 +50,17 @@ def explained(study: Study, test: Facts) -> list[Explained]:
       study: Of the run.
       test: The figures on the test images, those by class too.
     """
-    if not isinstance(study.task, Classification):
+    what = "image" if study.input.size else "record"
+    if isinstance(study.task, Segmentation):
         rows = _of_pixels(study, test)
+    elif isinstance(study.task, Detection):
+        rows = _of_boxes(study.task, test)
     elif study.task.labels == "binary":
-        rows = _of_two_classes(study.task, test)
+        rows = _of_two_classes(study.task, test, what)
     else:
-        rows = _of_many_classes(study.task, test)
+        rows = _of_many_classes(study.task, test, what)
+    known = test.get("intervals", {})
+    rows = [row._replace(interval=known.get(INTERVALS.get(row.figure, ""))) for row in rows]
     return [*rows, Explained("Loss", test["loss"], _loss(study))]
 
 
@@ -64,6 +89,7 @@ def _loss(study: Study) -> str:
 def _of_pixels(study: Study, test: Facts) -> list[Explained]:
     first, *others = study.task.classes
     pixels = "pixels" if len(study.input.size) == 2 else "voxels"  # noqa: PLR2004
+    unit = "millimetres" if study.input.spacing else pixels
     if len(others) == 1:
         the_class, mean = f"“{others[0]}”", ""
     else:
@@ -93,59 +119,108 @@ def _of_pixels(study: Study, test: Facts) -> list[Explained]:
             f"Of the {pixels} that the model gave {the_class}, the share that truly are of it."
             + mean,
         ),
+        Explained(
+            "HD95 (95 % Hausdorff distance)",
+            test["hd95"],
+            f"How far the outline of {the_class} is from the true one, in {unit}: of 100 places on "
+            "either, 95 are no further from the other. Smaller is better. Mean over the images in "
+            "which both are; an image without one of them is left out." + mean,
+        ),
     ]
 
 
-def _of_two_classes(task: Classification, test: Facts) -> list[Explained]:
+def _of_boxes(task: Detection, test: Facts) -> list[Explained]:
+    num = len(task.classes)
+    mean = f" Mean over the {num} classes." if num > 1 else ""
+    right = "A finding is right where its box overlaps a true one by half or more of both together."
+    return [
+        Explained(
+            "mAP (mean average precision)",
+            test["map50"],
+            "How many of the boxes are found and how few findings are wrong, over all thresholds: "
+            f"1 is all found before the first wrong one. {right}{mean}",
+        ),
+        Explained(
+            "FROC",
+            test["froc"],
+            "Share of the boxes found, where the threshold lets through a quarter, a half, 1, 2, 4 "
+            f"and 8 wrong findings for each image: the mean of the six.{mean}",
+        ),
+        Explained(
+            "Recall (sensitivity)",
+            test["recall"],
+            f"Of the true boxes, the share found with a score from {task.threshold:g}.{mean}",
+        ),
+        Explained(
+            "Precision (positive predictive value)",
+            test["precision"],
+            f"Of the findings with a score from {task.threshold:g}, the share that are "
+            f"right.{mean}",
+        ),
+    ]
+
+
+def _of_two_classes(task: Classification, test: Facts, what: str) -> list[Explained]:
     negative, positive = task.classes
     return [
         Explained(
             "AUROC",
             test["auroc"],
-            f"The chance that a random “{positive}” image scores above a random “{negative}” one: "
+            f"The chance that a random “{positive}” {what} scores above a random “{negative}” one: "
             "0.5 is no better than chance, 1 is perfect. No threshold is involved.",
         ),
         Explained(
             "Accuracy",
             test["accuracy"],
-            "Share of all test images that were put in the right class. Depends on how common each "
-            "class is.",
+            f"Share of all test {what}s that were put in the right class. Depends on how common "
+            "each class is.",
         ),
         Explained(
             "Recall (sensitivity)",
             test["recall"],
-            f"Of the “{positive}” images, the share the model found.",
+            f"Of the “{positive}” {what}s, the share the model found.",
         ),
         Explained(
             "Specificity",
             test["by_class"][0]["specificity"],
-            f"Of the “{negative}” images, the share the model recognised as such.",
+            f"Of the “{negative}” {what}s, the share the model recognised as such.",
         ),
         Explained(
             "Precision (positive predictive value)",
             test["precision"],
-            f"Of the images the model called “{positive}”, the share that truly were. It is lower "
-            f"wherever “{positive}” is rarer than among these test images.",
+            f"Of the {what}s the model called “{positive}”, the share that truly were. It is lower "
+            f"wherever “{positive}” is rarer than among these test {what}s.",
         ),
         Explained(
             "F1", test["f1"], "Harmonic mean of precision and recall: high only if both are."
         ),
+        _calibration(test),
     ]
 
 
-def _of_many_classes(task: Classification, test: Facts) -> list[Explained]:
+def _calibration(test: Facts) -> Explained:
+    return Explained(
+        "Calibration error",
+        test["calibration_error"],
+        "How far the probabilities of the model are from how often it is right, on average: with "
+        "0.1, seven of ten may be true where it says 0.8. 0 is perfect.",
+    )
+
+
+def _of_many_classes(task: Classification, test: Facts, what: str) -> list[Explained]:
     if task.labels == "multilabel":
-        each, every, right = "label", "labels", "Share of the test images with every label right."
+        each, every, right = "label", "labels", f"Share of the test {what}s with every label right."
     else:
         each, every = "class", "classes"
         right = (
-            "Share of all test images that were put in the right class. Common classes weigh more."
+            f"Share of all test {what}s that were put in the right class. Common classes weigh "
+            "more."
         )
     return [
         Explained(
             "AUROC",
             test["auroc"],
-            f"The chance that a random image of a {each} scores above a random one without it, "
+            f"The chance that a random {what} of a {each} scores above a random one without it, "
             f"mean over the {every}: 0.5 is no better than chance, 1 is perfect. No threshold is "
             "involved.",
         ),
@@ -153,18 +228,19 @@ def _of_many_classes(task: Classification, test: Facts) -> list[Explained]:
         Explained(
             "Recall (sensitivity)",
             test["recall"],
-            f"Of the images of a {each}, the share the model found; every {each} weighs the same.",
+            f"Of the {what}s of a {each}, the share the model found; every {each} weighs the same.",
         ),
         Explained(
             "Precision (positive predictive value)",
             test["precision"],
-            f"Of the images the model gave a {each}, the share that truly have it; every {each} "
+            f"Of the {what}s the model gave a {each}, the share that truly have it; every {each} "
             f"weighs the same. It is lower wherever a {each} is rarer than among these test "
-            "images.",
+            f"{what}s.",
         ),
         Explained(
             "F1",
             test["f1"],
             f"Harmonic mean of precision and recall, mean over the {every}: high only if both are.",
         ),
+        _calibration(test),
     ]

@@ -27,7 +27,6 @@ from PIL import Image
 
 from common.errors import FederationError
 from common.simulation import EXAMPLE
-from common.study import Segmentation
 from common.tasks import SegmentationTask, task_of
 from common.tasks.losses import OUTSIDE
 from server.reporting.record import Facts, Record
@@ -80,7 +79,7 @@ class Overlay:
     image: str
     truth: str
     agreement: str
-    facts: Facts  # site, Dice, pixels by agreement, the file and its SHA-256
+    facts: Facts  # site, Dice, pixels or boxes by agreement, the file and its SHA-256
 
 
 def draw_overlays(record: Record) -> list[Overlay]:
@@ -95,23 +94,37 @@ def draw_overlays(record: Record) -> list[Overlay]:
     Raises:
       FederationError: A file is not what a site writes; the message names it.
     """
-    if record.simulation is None or not isinstance(record.study.task, Segmentation):
-        return []
     task = task_of(record.study)
-    assert isinstance(task, SegmentationTask)  # noqa: S101 - the task of this kind of study
-    names = [f"sites/{site}/{EXAMPLE}" for site in record.study.site_names]
+    if not isinstance(task, SegmentationTask):
+        return []
     folder = record.run_dir.path
+    return [_overlay(site, name, folder, task) for site, name in kept_examples(record)]
+
+
+def kept_examples(record: Record) -> list[tuple[str, str]]:
+    """Up to four sites of a simulation and the files they kept, by their place in the run folder.
+
+    In a deployed run there is none, and no site's folder is looked at.
+    """
+    if record.simulation is None:
+        return []
+    names = [f"sites/{site}/{EXAMPLE}" for site in record.study.site_names]
     kept = [
         (site, name)
         for site, name in zip(record.study.site_names, names, strict=True)
-        if (folder / name).is_file()
+        if (record.run_dir.path / name).is_file()
     ]
-    return [_overlay(site, name, folder, task) for site, name in kept[:MOST_SITES]]
+    return kept[:MOST_SITES]
 
 
 def legend(overlays: Sequence[Overlay]) -> list[tuple[str, str]]:
     """Colour and words of everything that the pictures show."""
-    shown = {name for overlay in overlays for name, num in overlay.facts["pixels"].items() if num}
+    shown = {
+        name
+        for overlay in overlays
+        for name, num in (overlay.facts.get("pixels") or overlay.facts["boxes"]).items()
+        if num
+    }
     return [
         (colour, words)
         for agreement, (colour, _, words) in MEANINGS.items()
@@ -124,9 +137,9 @@ def _overlay(site: str, name: str, folder: Path, task: SegmentationTask) -> Over
     kept = _read(content, name, num_classes=len(task.classes))
     agreement = compare(kept.mask, kept.predicted)
     return Overlay(
-        image=_png(_enlarged(kept.image)),
-        truth=_png(outlined(kept.image, kept.mask)),
-        agreement=_png(coloured(kept.image, agreement)),
+        image=png(_enlarged(kept.image)),
+        truth=png(outlined(kept.image, kept.mask)),
+        agreement=png(coloured(kept.image, agreement)),
         facts={
             "site": site,
             "dice": _dice(kept, task),
@@ -242,7 +255,7 @@ def _enlarged(image: Grey) -> Grey:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def _png(pixels: Grey | Colour) -> str:
+def png(pixels: Grey | Colour) -> str:
     """A data URI; shrunk where a side is too long, and in at most 256 colours."""
     picture = Image.fromarray(pixels)
     picture.thumbnail((LONGEST_SIDE, LONGEST_SIDE), Image.Resampling.LANCZOS)

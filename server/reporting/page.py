@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from common.privacy_report.page import TEMPLATES as STYLE
 from common.study import Study
-from common.tasks.classification import NUM_BINS
+from common.tasks.scores import NUM_BINS
 from server.reporting.facts import MIN_IMAGES, MIN_SUPPORT
 from server.reporting.figures import PHASES, Svg
 from server.reporting.glossary import explained, title_of

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from common.models.build import build_network
-from common.models.flat import FlatNetwork
+from common.models.flat import FlatNetwork, is_parameter
 from common.phantom import Phantom, draw_patient, scanner_of_site
 from common.study import Classification, Input, Study
 from server.reporting.record import Facts, Record
@@ -45,6 +45,8 @@ def draw_phantoms(record: Record) -> list[Example]:
         return []
     if not isinstance(study.task, Classification) or len(study.input.size) != 2:  # noqa: PLR2004
         return []
+    if study.table is not None or study.training.local_normalisation:
+        return []  # the network sees more than a film; or each site's is another one
     seed = simulation.data.get("seed", PHANTOM_SEED)
     drawn = [
         (site, *_first_phantom(seed, site, study.input.size[0], label))
@@ -81,7 +83,8 @@ def _probabilities(study: Study, run_dir: RunDir, phantoms: Sequence[Phantom]) -
     """What the returned model says of each phantom: the probability of a lesion."""
     network: FlatNetwork = build_network(study)
     tensors = run_dir.final_model()
-    network.load(np.concatenate([tensors[name].reshape(-1) for name in network.schema.names]))
+    names = filter(is_parameter, network.schema.names)
+    network.load(np.concatenate([tensors[name].reshape(-1) for name in names]))
     network.module.eval()
     with torch.no_grad():
         outputs = network(prepare_phantoms(phantoms, study.input))  # (num_phantoms, 1)

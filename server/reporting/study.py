@@ -5,7 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final, NamedTuple
 
-from common.study import AttentionUnet, Augmentation, Input, Model, Study, Training, Unet
+from common.study import (
+    AttentionUnet,
+    Augmentation,
+    CenterUnet,
+    Input,
+    Logistic,
+    Mlp,
+    Model,
+    Multimodal,
+    SegResNet,
+    Study,
+    Table,
+    Training,
+    Unet,
+)
 from server.reporting.glossary import loss_of, title_of
 
 MODELS: Final = {
@@ -15,6 +29,11 @@ MODELS: Final = {
     "efficientnet-b0": "EfficientNet-B0",
     "unet": "U-Net",
     "attention-unet": "U-Net with attention gates",
+    "segresnet": "SegResNet",
+    "logistic": "Logistic regression",
+    "mlp": "Layers of hidden units",
+    "multimodal": "Network for images beside a layer for clinical columns",
+    "center-unet": "U-Net with attention gates that finds centres and sides of boxes",
 }
 COLOURS: Final = {
     "luminance": "greyscale",
@@ -32,6 +51,7 @@ SERVER_OPTIMIZERS: Final = {
     "fedavg": "Mean update added to the model (FedAvg)",
     "fedavgm": "Mean update with momentum (FedAvgM)",
     "fedadam": "Rule of Adam on the mean update (FedAdam)",
+    "fedadagrad": "Rule of Adagrad on the mean update (FedAdagrad)",
     "fedyogi": "Rule of Yogi on the mean update (FedYogi)",
 }
 LOSSES: Final = {
@@ -60,12 +80,14 @@ def studied(study: Study, num_params: int, num_rounds: int) -> list[Row]:
     return [
         Row("Model", _model(study.model, num_params)),
         *_frozen(study.model),
-        Row("Input", _input(study.input)),
+        *_images(study.input),
+        *_columns(study.table),
         *_patches(study.input),
         Row("Training in a round", _training(study.training)),
         *_changes(study.training.augmentation),
         Row("Loss", _loss(study)),
         *_proximal(study.training),
+        *_between_rounds(study.training),
         *_balance(study),
         Row("Rounds", _rounds(study, num_rounds)),
         Row("Next model", _next_model(study)),
@@ -79,10 +101,16 @@ def grouped(number: int) -> str:
 
 
 def _model(model: Model, num_params: int) -> str:
-    words = [f"{MODELS[model.name]}, normalised by groups"]
-    if isinstance(model, Unet | AttentionUnet):
-        levels = listed(map(str, model.channels))
-        words.append(f"{len(model.channels)} levels of {levels} feature maps")
+    words = [MODELS[model.name]]
+    if isinstance(model, Multimodal):
+        words.append(f"the images by {MODELS[model.image.name]}")
+    if not isinstance(model, Logistic | Mlp):
+        words.append("normalised by groups")
+    if isinstance(model, Mlp):
+        words.append(f"{listed(map(str, model.hidden))} units")
+    if isinstance(model, Unet | AttentionUnet | SegResNet | CenterUnet):
+        levels = listed(map(str, model.maps))
+        words.append(f"{len(model.maps)} levels of {levels} feature maps")
     if dropout := getattr(model, "dropout", 0.0):
         words.append(f"dropout {dropout:g}")
     return f"{', '.join(words)}; {_counted(num_params, 'parameter')}"
@@ -98,15 +126,40 @@ def _frozen(model: Model) -> Iterator[Row]:
         )
 
 
+def _images(config: Input) -> Iterator[Row]:
+    if config.size:
+        yield Row("Input", _input(config))
+
+
+def _columns(table: Table | None) -> Iterator[Row]:
+    if table is None:
+        return
+    names = listed(f"“{column.name}”" for column in table.columns)
+    text = f"{names}; scales and values are constants of the study, not of its patients"
+    if table.missing == "indicator":
+        text += (
+            "; an empty cell counts as the middle of its scale, and the model is told that it is"
+        )
+    yield Row("Clinical columns", text)
+
+
 def _input(config: Input) -> str:
     sides = " \N{MULTIPLICATION SIGN} ".join(map(str, config.size))
     kind = COLOURS[config.colour] if config.channels == 1 else "colour"
     if config.intensity == "image":
         values = "each image brought to mean 0 and standard deviation 1"
+    elif config.window is not None:
+        low, high = config.window
+        values = f"values from {low:g} to {high:g} brought to between 0 and 1, others cut off"
+    elif config.intensity == "file-window":
+        values = "values in the window that each file names brought to between 0 and 1"
     else:
         values = "values brought from the range of the number type of the file to between 0 and 1"
     if config.mean or config.std != 1:
         values += f", then (value \N{MINUS SIGN} {config.mean:g}) / {config.std:g}"
+    if config.spacing is not None:
+        spacing = " \N{MULTIPLICATION SIGN} ".join(f"{side:g}" for side in config.spacing)
+        values = f"resampled to {spacing} mm; {values}"
     return f"{sides} {pixel_of(config)}s, {kind}; {values}"
 
 
@@ -151,6 +204,8 @@ def _loss(study: Study) -> str:
     loss = study.training.loss
     name = loss_of(study)
     text = f"{name[0].upper()}{name[1:]}: {LOSSES[loss.kind]}"
+    if study.task.kind == "detection":
+        text += "; and how much the boxes fail to overlap the true ones"
     if loss.has_dice and loss.dice_over == "batch":
         text += "; overlap of all images of a batch together"
     if loss.class_weights:
@@ -168,9 +223,24 @@ def _proximal(training: Training) -> Iterator[Row]:
         )
 
 
+def _between_rounds(training: Training) -> Iterator[Row]:
+    if training.control_variates:
+        yield Row(
+            "Control variates",
+            "Every step of a site was corrected by how far its own gradients pull the model aside "
+            "(SCAFFOLD); the mean gradients of the sites were part of the masked sum",
+        )
+    if training.local_normalisation:
+        yield Row(
+            "Stayed at the sites",
+            "Each site trained the layers that normalise for itself and never sent them (FedBN): "
+            "the figures are of as many models, and the returned file has their initial values",
+        )
+
+
 def _balance(study: Study) -> Iterator[Row]:
     training = study.training
-    if study.task.kind == "segmentation":
+    if study.task.kind != "classification":
         return
     if training.logit_adjustment:
         text = (

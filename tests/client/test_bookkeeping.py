@@ -161,9 +161,14 @@ def error_of(network: FlatNetwork, units: Units) -> float:
 
 # How a layer comes to its units' gradients: a rule on shapes decides, and these decide the rule.
 GRAM_ENTRIES, MAX_TOGETHER = (layer_gradients, "GRAM_ENTRIES"), (convolution, "MAX_TOGETHER")
+MANY_CHANNELS, FEW_PLACES = (convolution, "MANY_CHANNELS"), (convolution, "FEW_PLACES")
+MAX_WINDOWS = (convolution, "MAX_WINDOWS")
+NO_NORMS, NO_WINDOWS = {GRAM_ENTRIES: 1 << 40}, {FEW_PLACES: 0}
 WAYS = {
-    "by groups": {GRAM_ENTRIES: 1 << 40, MAX_TOGETHER: 1 << 40},
-    "one by one": {GRAM_ENTRIES: 1 << 40, MAX_TOGETHER: 0},
+    "by windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40},
+    "by a few windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40, MAX_WINDOWS: 1},
+    "by groups": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 1 << 40},
+    "one by one": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 0},
     "norms first": {GRAM_ENTRIES: 0},
 }
 

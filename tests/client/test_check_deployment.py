@@ -32,6 +32,7 @@ from client.approvals import Approvals
 from client.certificate_check import check_certificate
 from client.cli import app
 from client.config import SiteConfig
+from client.data_card import NAME as CARD
 from client.ledger import Ledger
 from common.authority import CERTIFICATE, REVOKED, Authority
 from common.config import load
@@ -222,7 +223,11 @@ def test_a_site_that_can_take_part_has_no_fault(world: World) -> None:
         "ok       train: ",
         "ok       val: ",
         "ok       test: ",
+        "warning  train: fewer than 10 images of ",
+        "warning  val: fewer than 10 images of ",
+        "warning  test: fewer than 10 images of ",
         "ok       patients: 24, of which ",
+        f"ok       data card: {world.home / 'data-card.md'}; it stays here",
         "ok       budget: covers 4 of 4 rounds of study chests; 0 of 40 is spent",
         "ok       device: cpu",
     ]
@@ -382,7 +387,7 @@ PLANTED: dict[str, tuple[Callable[[World], Any], int, tuple[str, ...]]] = {
     "patient column missing": (
         no_patient_column,
         3,
-        ("images.csv: no column 'case_number'; it has image, label, pid; correct the files or",),
+        ("images.csv: no column 'case_number' in its first line, which has 3 cells; correct the",),
     ),
     "class missing": (
         no_image_of_a_class,
@@ -681,7 +686,7 @@ def test_the_check_leaves_files_as_they_were(world: World) -> None:
         return {
             path: (stat.S_IMODE(path.stat().st_mode), path.read_bytes())
             for path in world.file.parent.rglob("*")
-            if path.is_file()
+            if path.is_file() and path.name != CARD
         }
 
     before = files()

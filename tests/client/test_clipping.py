@@ -14,13 +14,14 @@ from client.clipping import by_brute_force, check_engine, check_layers
 from client.opacus_engine import OpacusEngine
 from client.units import Units, factors_of, squares_of
 from common.errors import ConfigError
-from common.models.build import build_network
+from common.models.build import build_network, row_shape
 from common.models.flat import FlatNetwork
 from common.study import Study
 from common.tasks import task_of
 
 LABELS = {"kind": "classification", "classes": ["no lesion", "lesion"]}
 MASKS = {"kind": "segmentation", "classes": ["background", "lung", "lesion"]}
+BOXES = {"kind": "detection", "classes": ["cell", "platelet"], "max_boxes": 4}
 SMALL = {"channels": [4, 8, 16]}
 OVERLAP = {"kind": "dice-cross-entropy", "class_weights": [1.0, 2.0, 5.0]}
 
@@ -52,8 +53,20 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...], dict[st
     ),
     "unet in 3D": (MASKS, {"name": "unet", **SMALL}, (16, 16, 16), OVERLAP),
     "attention-unet": (MASKS, {"name": "attention-unet", **SMALL}, (32, 32), OVERLAP),
+    "segresnet": (MASKS, {"name": "segresnet", "blocks": [1, 2]}, (16, 24), OVERLAP),
+    "segresnet in 3D": (MASKS, {"name": "segresnet", "blocks": [1, 1]}, (8, 16, 8), OVERLAP),
     "attention-unet in 3D": (MASKS, {"name": "attention-unet", **SMALL}, (8, 16, 16), OVERLAP),
+    "logistic": (LABELS, {"name": "logistic"}, (), {}),
+    "mlp": (LABELS, {"name": "mlp", "hidden": [6, 4]}, (), {"kind": "focal"}),
+    "multimodal": (
+        LABELS,
+        {"name": "multimodal", "image": {"name": "cnn", "width": 4}, "image_features": 5},
+        (16, 16),
+        {},
+    ),
+    "center-unet": (BOXES, {"name": "center-unet", **SMALL}, (32, 32), {"kind": "focal"}),
 }
+CLINICAL = {"columns": [{"name": f"lab {k}", "kind": "number"} for k in range(7)]}
 RAGGED = (1, 5, 2, 3)
 
 
@@ -93,13 +106,13 @@ def _relative_error(ours: Tensor, exact: Tensor) -> float:
 def _study(title: str) -> Study:
     task, model, size, loss = MODELS[title]
     training = {"learning_rate": 0.1, "batch_size": 4, "local_steps": 1, "loss": loss}
-    return tiny_study(
-        task=task, model=model, training=training, input={"size": size, "intensity": "image"}
-    )
+    beside = {"table": CLINICAL} if model["name"] in ("logistic", "mlp", "multimodal") else {}
+    given = {"size": size, "intensity": "image"}
+    return tiny_study(task=task, model=model, training=training, input=given, **beside)
 
 
 def _made_up(study: Study, sizes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Units:
-    shape = (sum(sizes), 1, *study.input.size)
+    shape = (sum(sizes), *row_shape(study))
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=dtype)
     return Units(pixels, task_of(study).made_up_targets(sum(sizes)), sizes)
 
@@ -242,7 +255,7 @@ def test_the_bound_holds_in_float32_with_as_many_parameters_as_a_resnet() -> Non
 def test_the_start_up_check_refuses_an_engine_that_does_not_clip(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("client.bookkeeping.factors_of", lambda norms, *_: torch.ones_like(norms))
+    monkeypatch.setattr("client.tape.factors_of", lambda norms, *_: torch.ones_like(norms))
     with pytest.raises(ConfigError, match="differs from brute force"):
         check_engine(
             "book-keeping",

@@ -295,16 +295,16 @@ def test_a_column_that_cannot_be_dealt_by_is_refused(title: str) -> None:
 
 def test_masks_have_no_class_to_deal_by_but_are_dealt_at_random() -> None:
     whole = wards(a=80, b=40, c=30)
-    with pytest.raises(ConfigError, match="masks have no class to deal by; use iid or column:NAME"):
+    with pytest.raises(ConfigError, match="boxes have no class to deal by; use iid or column:"):
         deal(whole, rule="dirichlet:1", num_sites=3, seed=1)
     sites = deal(whole, rule="iid", num_sites=3, seed=1)
     assert [len(train_patients(site)) for site in sites] == [50, 50, 50]
 
 
-def test_phantoms_have_no_columns() -> None:
+def test_phantoms_have_the_columns_of_their_record_alone() -> None:
     wanted = Wanted("binary", ("no lesion", "lesion"), channels=1, size=(32, 32))
     cases = read_cases(PhantomData(name="phantoms", format="phantom", num_patients=4), wanted)
-    with pytest.raises(ConfigError, match="only csv tables have columns"):
+    with pytest.raises(ConfigError, match="columns: age, sex, smoking, crp, admitted"):
         deal({Split.TRAIN: cases}, rule="column:ward", num_sites=3, seed=1)
 
 

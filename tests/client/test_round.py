@@ -222,7 +222,7 @@ def test_a_restarted_site_gives_the_same_bytes_and_goes_on(
 
 
 def test_two_sites_learn_different_things(cast: Wired) -> None:
-    one, other, _ = (local_update(cast.task(0), site).values for site in cast.members)
+    one, other, _ = (local_update(cast.task(0), site, {}).values for site in cast.members)
     assert not np.array_equal(one, other)
 
 

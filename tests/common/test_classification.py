@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.study import Classification, TrainingLoss
-from common.tasks.classification import MAX_LOSS, NUM_BINS, ClassificationTask, auroc, roc_curve
+from common.tasks.base import MAX_LOSS
+from common.tasks.classification import ClassificationTask
+from common.tasks.scores import NUM_BINS, auroc, roc_curve
 
 NUM_IMAGES = 3000
 KINDS = {"binary": 2, "multiclass": 5, "multilabel": 4}
@@ -155,6 +157,7 @@ def test_without_images_every_figure_is_undefined(labels: str) -> None:
     figures = task.figures(np.zeros(task.num_counts, np.int64))
     assert not np.any(figures.pop("confusion"))
     assert figures.pop("num_examples") == 0
+    assert set(figures.pop("intervals").values()) == {None}
     assert set(figures.values()) == {None}
 
 

@@ -9,13 +9,16 @@ import sklearn.metrics as sk
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from monai.metrics import compute_hausdorff_distance
 from numpy.typing import NDArray
 from torch import Tensor
 
 from common.quantize import FIXED_POINT
 from common.study import Segmentation, TrainingLoss
+from common.tasks.base import MAX_LOSS
 from common.tasks.losses import OUTSIDE
-from common.tasks.segmentation import MAX_LOSS, SegmentationTask
+from common.tasks.outline import hausdorff_95
+from common.tasks.segmentation import SegmentationTask
 
 SIZE = (12, 10)
 VOLUME = (4, 6, 5)
@@ -248,6 +251,7 @@ def test_without_images_every_figure_is_undefined(num_classes: int) -> None:
     figures = task.figures(np.zeros(task.num_counts, np.int64))
     assert figures.pop("num_examples") == 0
     assert set(figures.pop("dice_by_class").values()) == {None}
+    assert set(figures.pop("intervals").values()) <= {None}
     assert set(figures.values()) == {None}
 
 
@@ -345,3 +349,45 @@ def test_the_scored_loss_does_not_depend_on_the_batch_even_if_the_trained_one_do
     logits, masks = predictions(6, 4, rng, skew=1.0)
     one_by_one = sum(task.counts(logits[k : k + 1], masks[k : k + 1]) for k in range(6))
     assert task.counts(logits, masks)[1] == pytest.approx(one_by_one[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("seed_of", range(12))
+@pytest.mark.filterwarnings("ignore:monai.metrics.utils")  # MONAI calls itself as it should not
+def test_hd95_is_monais(seed_of: int) -> None:
+    rng = torch.Generator().manual_seed(seed_of)
+    shape = (30, 27) if seed_of % 2 else (14, 12, 11)
+    one, other = (torch.rand(shape, generator=rng) > 0.8 + 0.05 * k for k in range(2))
+    if seed_of % 3 == 0:  # two bodies, one of them at the border
+        one = torch.zeros(shape, dtype=torch.bool)
+        one[:7, 3:9] = True
+        other = one.roll(3, 1)
+    spacing = [2.0, 0.5, 1.25][: len(shape)]
+    expected = compute_hausdorff_distance(
+        one[None, None], other[None, None], include_background=True, percentile=95, spacing=spacing
+    )
+    assert hausdorff_95(one, other, spacing) == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_hd95_is_the_mean_over_images_that_have_both_outlines() -> None:
+    config = Segmentation(kind="segmentation", classes=("background", "lesion"))
+    task = SegmentationTask(config, TrainingLoss(), SIZE, spacing=(2.0, 2.0))
+    truth = torch.zeros((4, *SIZE), dtype=torch.uint8)
+    truth[:3, 2:5, 2:5] = 1
+    given = truth.clone()
+    given[1] = truth[1].roll(1, 0)  # one row, two millimetres
+    given[2] = 0  # not found: there is no outline to compare
+    outputs = torch.where(given == 1, 5.0, -5.0).unsqueeze(1)
+    counts = sum(task.counts(outputs[k : k + 2], truth[k : k + 2]) for k in (0, 2))
+    figures = task.figures(counts)
+    assert figures["hd95"] == pytest.approx((0.0 + 2.0) / 2)
+    assert task.view(counts).compared.tolist() == [0, 2]
+
+
+def test_outlines_beyond_the_valid_region_are_not_compared() -> None:
+    config = Segmentation(kind="segmentation", classes=("background", "lesion"))
+    task = SegmentationTask(config, TrainingLoss(), SIZE)
+    truth = torch.zeros((1, *SIZE), dtype=torch.uint8)
+    truth[0, 2:5, 2:5], truth[0, -1] = 1, OUTSIDE
+    outputs = torch.where(truth == 1, 5.0, -5.0).unsqueeze(1)
+    outputs[0, 0, -1] = 5.0
+    assert task.figures(task.counts(outputs, truth))["hd95"] == 0

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from common.models.build import build_network
-from common.study import FedAdaptive, FedAvg, FedAvgM, Study
+from common.study import FedAdagrad, FedAdaptive, FedAvg, FedAvgM, Study
 from server.global_model import (
     apply_mean_update,
     averaged_model,
@@ -61,6 +61,14 @@ def test_adaptive_rules_follow_algorithm_2_of_reddi_et_al(name: str) -> None:
     assert _two_steps(config)[0] == pytest.approx(expected, rel=1e-6)
 
 
+def test_adagrad_adds_up_all_squares() -> None:
+    config = FedAdagrad(name="fedadagrad", learning_rate=0.1, beta1=0.5, tau=0.5)
+    # Round 1: m = 0.25, v = 0.25 + 0.25; round 2: m = 0.25, v = 0.5 + 0.0625.
+    first = 0.1 * 0.25 / (np.sqrt(0.5) + 0.5)
+    second = 0.1 * 0.25 / (np.sqrt(0.5625) + 0.5)
+    assert _two_steps(config)[0] == pytest.approx(1.0 + first + second, rel=1e-6)
+
+
 def test_yogi_forgets_slower_than_adam_when_updates_shrink() -> None:
     by_name = {}
     for name in ("fedadam", "fedyogi"):
@@ -79,6 +87,7 @@ THIRD = np.array([-0.75, 0.5, 3.0], np.float32)
 EVERY_RULE: dict[str, Any] = {
     "fedavg": FedAvg,
     "fedavgm": FedAvgM,
+    "fedadagrad": FedAdagrad,
     "fedadam": FedAdaptive,
     "fedyogi": FedAdaptive,
 }

@@ -1,24 +1,18 @@
 """The report of a run that marks pixels: figures from counts, and pictures of simulated sites."""
 
-import base64
 import hashlib
-import io
 import itertools
-import json
 import re
 import shutil
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
 from federation import federate, tiny_study
-from PIL import Image
+from finished import Run, decoded
 from sealed import seal_again
 
 from common.audit import AuditLog
 from common.errors import FederationError
-from common.tasks import task_of
 from common.tasks.losses import OUTSIDE
 from server.exchange import utc_now
 from server.report import digests_of, verify, write_report
@@ -28,10 +22,10 @@ from server.reporting.overlays import (
     MEANINGS,
     OUTLINE,
     Agreement,
-    _png,
     coloured,
     compare,
     outlined,
+    png,
 )
 from server.reporting.study import studied
 from server.run_dir import AUDIT, RunDir
@@ -44,60 +38,6 @@ SEGMENTATION = {
     "model": {"name": "unet", "channels": [4, 8]},
     "training": TRAINING,
 }
-
-
-@dataclass
-class Run:
-    """A finished run folder and what a report makes of it."""
-
-    path: Path
-
-    @property
-    def page(self) -> str:
-        return write_report(self.path).read_text()
-
-    @property
-    def text(self) -> str:
-        """What a person reads."""
-        page = self.page
-        body = re.sub(r"<svg.*?</svg>", "", page[page.index("<body>") :], flags=re.DOTALL)
-        return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
-
-    @property
-    def facts(self) -> dict:
-        write_report(self.path)
-        return json.loads((self.path / "report.json").read_text())
-
-    @property
-    def pictures(self) -> list[np.ndarray]:
-        """The raster pictures of the page in their order, each (height, width, 3)."""
-        return [np.array(decoded(uri)) for uri in re.findall(r'<img src="([^"]+)"', self.page)]
-
-    def keep(self, site: str, image, mask, predicted) -> None:
-        arrays = {"image": image, "mask": mask, "predicted": predicted}
-        arrays = {name: np.array(array, np.uint8) for name, array in arrays.items()}
-        np.savez_compressed(self.path / "sites" / site / EXAMPLE, **arrays)
-
-    def count(self, *, num_images: int, right, predicted, actual) -> None:
-        """Replace what the test split gave, as if the run had counted this."""
-        run_dir = RunDir(self.path)
-        task = task_of(run_dir.study())
-        counts = np.array([num_images, 0, *right, *predicted, *actual], np.int64)
-        summary = run_dir.summary()
-        summary["metrics"]["final"] = task.figures(counts)
-        run_dir.save_counts("test", counts)
-        run_dir.save_summary(summary)
-        seal_again(self.path)
-
-    def deploy(self) -> None:
-        """Make it the record of a run in which no site was simulated."""
-        (self.path / "simulation.toml").unlink()
-        seal_again(self.path)
-
-
-def decoded(uri: str) -> Image.Image:
-    content = base64.b64decode(uri.removeprefix("data:image/png;base64,"), validate=True)
-    return Image.open(io.BytesIO(content)).convert("RGB")
 
 
 def rgb(colour: str) -> np.ndarray:
@@ -124,17 +64,17 @@ def run(finished, tmp_path) -> Run:
 
 def test_every_final_figure_is_shown_with_four_decimals(finished):
     text, final = finished.text, RunDir(finished.path).summary()["metrics"]["final"]
-    for name in ("dice", "iou", "sensitivity", "precision", "loss"):
+    for name in ("dice", "iou", "sensitivity", "precision", "hd95", "loss"):
         assert f"{final[name]:.4f}" in text
-    assert finished.page.count(" on validation by round; ") == 5
+    assert finished.page.count(" on validation by round; ") == 6
 
 
 def test_figures_of_classes_and_their_means_come_from_the_summed_pixels(run):
     run.count(num_images=12, right=(50, 30, 0), predicted=(60, 40, 0), actual=(55, 40, 5))
-    text = run.text
-    assert "lung 0.7500 0.6000 0.7500 0.7500 40 40" in text
-    assert "heart 0.0000 0.0000 0.0000 not defined 5 0" in text
-    assert "background (not in the means) 0.8696 0.7692 0.9091 0.8333 55 60" in text
+    text = re.sub(r" \d\.\d+ to \d\.\d+", "", run.text)  # intervals
+    assert "lung 0.7500 0.6000 0.7500 0.7500 not defined 40 40" in text
+    assert "heart 0.0000 0.0000 0.0000 not defined not defined 5 0" in text
+    assert "background (not in the means) 0.8696 0.7692 0.9091 0.8333 not defined 55 60" in text
     assert re.search(r"Dice 0\.3750 .* IoU \(intersection over union\) 0\.3000", text)
     assert re.search(
         r"Sensitivity \(recall\) 0\.3750 .* \(positive predictive value\) 0\.7500", text
@@ -287,7 +227,7 @@ def test_large_noisy_images_stay_small_files():
     image, mask, predicted = rng.integers(0, 256, (3, 1100, 900)).astype(np.uint8)
     agreement = compare(mask % 4, predicted % 4)
     for pixels in (image, outlined(image, mask % 4), coloured(image, agreement)):
-        uri = _png(pixels)
+        uri = png(pixels)
         assert len(uri) * 3 / 4 < 300_000
         assert decoded(uri).size == (393, LONGEST_SIDE)
 

@@ -96,7 +96,7 @@ def run_plainly(
         if total is None:
             state = as_members_are(state.skip_sum())
             continue
-        state = state.step(total, task.figures(total.counts), study, manifest, schema.sizes)
+        state = state.step(total, task.figures(total.counts), study, manifest, schema)
         state = as_members_are(state)
         models.append(state.model)
     while not state.is_scored:
@@ -141,7 +141,7 @@ def _update(task: RoundTask, site: Site, manifest: Manifest) -> QuantizedUpdate:
     if task.purpose != Purpose.TRAIN:
         return only_counts(counts, site.weight, len(task.exponents))
     return quantize(
-        local_update(task, site),
+        local_update(task, site, {}),
         counts,
         sizes=site.network.schema.sizes,
         exponents=task.exponents,

@@ -243,7 +243,7 @@ def _following(first: RoundTask, sum_number: int, purpose: Purpose) -> RoundTask
     )
 
 
-def _update(task: RoundTask, site: Site) -> LocalUpdate:
+def _update(task: RoundTask, site: Site, _: object = None) -> LocalUpdate:
     values = np.random.default_rng(task.sum_number).normal(0, 1e-3, task.model.size)
     return LocalUpdate(values.astype(np.float32))
 
