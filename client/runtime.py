@@ -66,6 +66,7 @@ MISSED_S = 5.0  # until another one, where one did not arrive
 REDIRECTS = range(300, 400)  # never followed: they would choose whom this machine calls
 MAX_OBJECTS = 4096  # of one message; 2 GiB are some 430 pieces of 5 MB
 MAX_MESSAGE_BYTES = 2 << 30  # as common.wire.MAX_ARRAY_BYTES: half a billion weights
+NOBODY_WAITS = 410
 LEASE_HELD = 412  # the coordinator still counts on this site's process of before
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.01, 0.5
 
@@ -78,7 +79,12 @@ class Disconnected(Exception):  # noqa: N818 - a state, not a defect
 
 
 class Withdrawn(Disconnected):
-    """The coordinator wants no answer to this message any more: its run of Flower's is over."""
+    """The coordinator seems to want no answer to this message any more."""
+
+    def __init__(self, text: str, *, is_certain: bool = False) -> None:
+        """Say what happened, and whether the coordinator said that nobody waits."""
+        super().__init__(text)
+        self.is_certain = is_certain
 
 
 class Connection:
@@ -143,11 +149,7 @@ class Connection:
                 raise Disconnected(
                     f"a message of {len(ids)} objects, at most {MAX_OBJECTS} are taken"
                 )
-            try:
-                return self._taken(head.metadata.run_id, head.metadata.message_id, ids)
-            except ObjectPullError:
-                log.info("nobody waits any more for an answer to what was being fetched")
-                return None
+            return self._taken(head.metadata.run_id, head.metadata.message_id, ids)
 
     def _taken(self, run_id: int, whole: str, ids: list[str]) -> Message:
         """A message put together from its objects."""
@@ -335,7 +337,11 @@ class Unsent:
             connection.push(self.reply)
             if done:
                 log.info(done)
-        except Withdrawn:
+        except Withdrawn as error:
+            # Were somebody waiting all the same, the next connection would make them ask again.
+            self.reply = None
+            if not error.is_certain:
+                raise
             log.info("nobody waits any more for what this site answered")
         self.reply = None
 
@@ -373,8 +379,9 @@ def _as_disconnected() -> Iterator[None]:
         raise
     except httpx.HTTPStatusError as error:
         status = error.response.status_code
-        kind = Disconnected if status in PASSING or status in REDIRECTS else Withdrawn
-        raise kind(_meaning(status)) from None
+        if status in PASSING or status in REDIRECTS:
+            raise Disconnected(_meaning(status)) from None
+        raise Withdrawn(_meaning(status), is_certain=status == NOBODY_WAITS) from None
     except (httpx.NetworkError, httpx.TimeoutException, httpx.ProxyError) as error:
         text = one_line(str(error)) or type(error).__name__  # of this machine or its proxy
         raise Disconnected(f"cannot be reached ({text})") from None

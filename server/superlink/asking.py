@@ -3,8 +3,10 @@
 A question can be lost in three ways. The process that took it was killed: then its site connects
 anew, and is asked again. The SuperLink was killed: then every question went with it. The site is
 away: then Flower says so, and it is asked when it is back. A site that is connected and silent is
-working, and is left alone. Sites answer a question twice with the same stored bytes, so it does no
-harm to ask once too often; it only takes their link's time, which is why it is not done sooner.
+training, and is left alone; where there is nothing to train, something went wrong that nobody knows
+of, and it is asked again after a while. Sites answer a question twice with the same stored bytes,
+so it does no harm to ask once too often; it only takes their link's time, which is why it is not
+done sooner.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from flwr.app import Message as FlowerMessage
 
 from common import wire
 from common.errors import RemoteProtocolError
-from common.messages import Message, Reason, Refusal
+from common.messages import Message, Reason, Refusal, RoundTask
 from server.superlink.grid import CAME_TO_NOTHING, Connected, CoordinatorGrid
 
 LOOK_S = 2.0  # between two looks at who is connected
 AGAIN_S = 30.0  # until a site whose question came to nothing is asked again
+PATIENCE_S = 60.0  # until one that need not train is; then twice as long, and so on
 AWAY_S = 5.0  # until it is said that a site is away: it connects within seconds after a hiccup
 
 log = logging.getLogger("consilium.coordinator")
@@ -36,6 +39,7 @@ class Asked:
     connection: Connected  # over which it was asked last
     questions: list[str] = field(default_factory=list)  # ids that may still be answered
     again_at: float = math.inf  # no question is left: ask again then
+    patience_s: float = math.inf  # until it is asked again although nothing is known to be wrong
     came_back: bool = False  # it connected anew, and may bring an answer that was ready before
 
 
@@ -138,15 +142,16 @@ class Asking:
 
     def _is_due(self, site: str, connection: Connected, grid: CoordinatorGrid, now: float) -> bool:
         asked = self._asked.get(site)
-        if asked is None or now >= asked.again_at:
+        if asked is None:
             return True
-        if asked.connection == connection:
-            return False
-        if not asked.came_back:
-            asked.came_back = True  # at the next look, unless its answer is on the way by then
-            return False
         idle = [grid.idle_s(question) for question in asked.questions]
-        return all(seconds is None or seconds > LOOK_S for seconds in idle)
+        if any(seconds is not None and seconds <= LOOK_S for seconds in idle):
+            return False  # its answer is on the way
+        if now >= asked.again_at:
+            return True
+        is_back = asked.connection != connection and asked.came_back
+        asked.came_back |= asked.connection != connection  # asked at the next look
+        return is_back
 
     def _ask(self, due: Mapping[str, Connected], grid: CoordinatorGrid) -> None:
         if not due:
@@ -159,13 +164,21 @@ class Asking:
             for one, content in zip(due.values(), packed, strict=True)
         ]
         sent = grid.push_messages(messages)
+        now = time.monotonic()
         for (site, connection), question in zip(due.items(), sent, strict=True):
-            if site in self._asked or site in self._missed:
+            before = self._asked.get(site)
+            if before is not None and before.connection == connection:
+                log.info("%s did not answer: asked again", site)
+            elif before is not None or site in self._missed:
                 log.info("%s is back: asked again", site)
-                self._missed.discard(site)
+            self._missed.discard(site)
             self._away_since.pop(site, None)
-            before = self._asked[site].questions if site in self._asked else []
-            self._asked[site] = Asked(connection, [*before, question])
+            patience_s = 2 * before.patience_s if before else self._patience_s(site)
+            questions = [*(before.questions if before else []), question]
+            self._asked[site] = Asked(connection, questions, now + patience_s, patience_s)
+
+    def _patience_s(self, site: str) -> float:
+        return math.inf if isinstance(self._unanswered[site], RoundTask) else PATIENCE_S
 
     def _miss(self, site: str, now: float) -> None:
         away_s = now - self._away_since.setdefault(site, now)

@@ -687,6 +687,34 @@ def test_an_answer_that_nobody_waits_for_is_dropped_with_a_line(
     assert coordinator.num("activate-node") == 1
 
 
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("status", ["500 Internal Server Error", "401 Unauthorized"])
+def test_an_answer_refused_for_an_unknown_reason_is_dropped_with_its_connection(
+    status: str, coordinator: Coordinator, place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A coordinator that waits for it asks who connects anew, and nobody else."""
+    caplog.set_level(logging.INFO, "consilium.site")
+    coordinator.send(question())
+    coordinator.answers["push-messages"] = lambda _: response(b"", status)
+    with serving(place):
+        until(lambda: coordinator.num("activate-node") == 2)
+        asked = coordinator.num("pull-messages")
+        until(lambda: coordinator.num("pull-messages") > asked)
+    assert coordinator.num("push-messages") == 1
+    assert "connected again" in caplog.text
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_question_that_vanishes_while_it_is_fetched_ends_the_connection(
+    coordinator: Coordinator, place: Place
+) -> None:
+    coordinator.send(question())
+    gone = PullObjectResponse(object_found=False).SerializeToString()
+    coordinator.answers["pull-object"] = lambda _: response(gone)
+    with Connection(place) as connection, pytest.raises(Disconnected, match="withdrawn"):
+        connection.pull()
+
+
 def test_signs_of_life_go_on_while_a_long_answer_is_sent(
     coordinator: Coordinator, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 from flwr.app import Error, Message
 from flwr.app.message import make_message
@@ -15,7 +17,15 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from common import wire
 from common.errors import ConfigError, RoundAborted
-from common.messages import Greeting, Introduction, Reason, Refusal
+from common.messages import (
+    Greeting,
+    Introduction,
+    Purpose,
+    Reason,
+    Refusal,
+    RoundTask,
+    digest_of_model,
+)
 from common.messages import Message as Said
 from server import deployed
 from server.deployed import DeployedNetwork
@@ -225,6 +235,31 @@ def test_a_question_that_came_to_nothing_is_asked_again(code: int, by_flower: bo
     grid = grid_of(says(A), fails(B, code, by_flower=by_flower), nothing, says(B))
     assert answers(network_of(grid)) == BOTH
     assert grid.asked == [A, B, B]
+
+
+def test_a_site_with_nothing_to_train_is_asked_again_when_it_is_silent_for_long(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever took the question or the answer: without that, all wait for the deadline."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(asking, "PATIENCE_S", 0.01)
+    silent = [lambda _: time.sleep(0.005)] * 4
+    grid = grid_of(says(A), *silent, says(B, which=0))
+    assert answers(network_of(grid)) == BOTH
+    assert grid.asked == [A, B, B]
+    assert [record.getMessage() for record in caplog.records] == ["b did not answer: asked again"]
+
+
+def test_a_site_that_trains_is_left_alone_however_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asking, "PATIENCE_S", 0.0)
+    model = np.zeros(1, np.float32)
+    digest = digest_of_model(model)
+    task = RoundTask("ab" * 16, 0, 1, Purpose.TRAIN, (0,), digest, (), (), b"", model)
+    grid = grid_of(says(A), *[nothing] * 20, says(B))
+    assert dict(network_of(grid).ask({A: task, B: task}, 10)) == BOTH
+    assert grid.asked == [A, B]
 
 
 def test_an_error_of_a_site_is_a_refusal() -> None:

@@ -27,7 +27,8 @@ DATA = {
     "declared_patients": 48,
 }
 SITES = ("site-1", "site-2", "site-3", "site-4")
-RUN_S = 600.0  # a run that takes longer hangs
+RUN_S = 400.0  # a run that takes longer hangs
+LOG_CHARS = 1500
 LEAVE_S = 10.0  # for a SuperLink whose coordinator has ended
 POLL_S = 0.002
 
@@ -55,11 +56,18 @@ def start_again(made: Consortium, name: str) -> None:
 
 
 def wait_until(made: Consortium, moment: Moment) -> bool:
-    """Until a moment has come; False where the run is over before."""
+    """Until a moment has come; False where the run is over before.
+
+    Raises:
+      AssertionError: The run hangs, with what everybody logged last.
+    """
     coordinator, end = made.running["coordinator"], time.monotonic() + RUN_S
     while not moment.has_come(made):
-        if coordinator.poll() is not None or time.monotonic() > end:
+        if coordinator.poll() is not None:
             return False
+        if time.monotonic() > end:
+            said = "".join(f"\n--- {name}\n{made.log(name)[-LOG_CHARS:]}" for name in made.running)
+            raise AssertionError(f"{moment} never came{said}")
         time.sleep(POLL_S)
     time.sleep(moment.after_s)
     return coordinator.poll() is None
