@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 
 from client.clinical import count_empty
 from client.config import Data, SiteConfig
-from client.dataset import load_sample, split_cases
+from client.dataset import load_sample
 from client.finding import Finding, fault, ok, warning
 from client.header_check import Headers, check_headers
 from client.prepare import has_area
 from client.readers import Case, Wanted, read_cases
 from client.readers.case import Split
 from client.readers.seen import seen
+from client.splits import split_cases
 from common.errors import ConfigError, DataError
 from common.study import DifferentialPrivacy, Study, Table
 from common.tasks.losses import OUTSIDE

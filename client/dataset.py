@@ -1,12 +1,10 @@
-"""The door where patient data enters: files to prepared images, split by patient."""
+"""The door where patient data enters: files to prepared images, by split."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +18,6 @@ from client.clinical import features_of
 from client.config import Data
 from client.contents import Contents, Intake
 from client.images import Images, Scans
-from client.partition import deal
 from client.prepare import (
     load_boxes,
     load_mask,
@@ -30,16 +27,15 @@ from client.prepare import (
     prepare_masks,
     resample,
 )
-from client.readers import read_cases
-from client.readers.case import Case, Split, Wanted
+from client.readers.case import Case, Split
+from client.splits import Deal, dealt_cases
 from client.store import Store
 from common.errors import DataError
-from common.study import Detection, DifferentialPrivacy, Input, Study
+from common.study import Detection, Input, Study
 
 log = logging.getLogger("consilium.site")
 
 NONE = np.empty(0, np.float32)  # no table
-VALIDATION_SHARE = 0.1  # of the training patients, where a data set has no validation split
 STACK, STACK_BYTES = 256, 1 << 26  # images prepared in one pass, and what they take at most
 
 Samples = Images | Scans
@@ -56,16 +52,6 @@ class Sample(NamedTuple):
 
 # Pixels, targets, cases and tables of several samples.
 Stack = tuple[NDArray[Any], NDArray[Any], list[Case], NDArray[np.float32]]
-
-
-@dataclass(frozen=True)
-class Deal:
-    """Which part of a shared data set belongs to this site of a simulation."""
-
-    rule: str
-    num_sites: int
-    site_index: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +93,12 @@ def load_site_data(
     Raises:
       DataError: An image or label cannot be used; or there is nothing to train on.
     """
-    splits = _dealt_cases(data, study, dealt)
+    splits = dealt_cases(data, study, dealt)
     skipped: list[str] = []
     intake = Intake(data.names_patients)
     parts = {
         split: _prepare_all(
-            _read(cases, study, intake, skipped if data.on_broken == "skip" else None),
+            read_samples(cases, study, intake, skipped if data.on_broken == "skip" else None),
             study,
             folder,
         )
@@ -129,78 +115,6 @@ def load_site_data(
         num_skipped=len(skipped),
         contents=intake.contents(),
     )
-
-
-def count_training_units(data: Data, study: Study, dealt: Deal | None) -> int:
-    """Training patients of one simulated site; no pixel is prepared.
-
-    With ``privacy.unit = "image"`` every image is a unit of its own.
-    """
-    cases = _dealt_cases(data, study, dealt)[Split.TRAIN]
-    if isinstance(study.privacy, DifferentialPrivacy) and study.privacy.unit == "image":
-        return len(cases)
-    return len({case.patient for case in cases})
-
-
-def _dealt_cases(data: Data, study: Study, dealt: Deal | None) -> Mapping[Split, Sequence[Case]]:
-    wanted = Wanted.by(study)
-    if dealt is None:
-        return split_cases(read_cases(data, wanted), data)
-    return _all_dealt(data, wanted, dealt.rule, dealt.num_sites, dealt.seed)[dealt.site_index]
-
-
-@functools.lru_cache(maxsize=1)  # the sites of one simulation share the files
-def _all_dealt(
-    data: Data, wanted: Wanted, rule: str, num_sites: int, seed: int
-) -> list[dict[Split, list[Case]]]:
-    splits = split_cases(read_cases(data, wanted), data)
-    return deal(splits, rule=rule, num_sites=num_sites, seed=seed)
-
-
-def split_cases(cases: Sequence[Case], data: Data) -> dict[Split, list[Case]]:
-    """Cases by split: the data set's own where it has one, else by a hash of the patient.
-
-    A patient's split depends on its id and the split seed alone, so adding a patient moves nobody.
-    """
-    official = any(case.split is not None for case in cases)
-    splits: dict[Split, list[Case]] = {split: [] for split in Split}
-    test, validation = data.splits.test, data.splits.validation
-    for case in cases:
-        place = _place(case.patient, data.split_seed)
-        drawn = Split.TEST if place < test else Split.TRAIN
-        if test <= place < test + validation:
-            drawn = Split.VALIDATION
-        splits[case.split or (Split.TRAIN if official else drawn)].append(case)
-    _check_disjoint(splits)
-    if not splits[Split.VALIDATION]:
-        _take_validation(splits, data.split_seed)
-    return splits
-
-
-def _take_validation(splits: dict[Split, list[Case]], seed: int) -> None:
-    """Move a tenth of the training patients, at least one and never all, to validation."""
-    places = {case.patient: _place(case.patient, seed) for case in splits[Split.TRAIN]}
-    if len(places) < 2:  # noqa: PLR2004 - one patient cannot be shared out
-        return
-    ordered = sorted(places, key=places.__getitem__)
-    wanted = sum(place < VALIDATION_SHARE for place in places.values())
-    moved = set(ordered[: min(max(wanted, 1), len(ordered) - 1)])
-    splits[Split.VALIDATION] = [c for c in splits[Split.TRAIN] if c.patient in moved]
-    splits[Split.TRAIN] = [c for c in splits[Split.TRAIN] if c.patient not in moved]
-
-
-def _check_disjoint(splits: Mapping[Split, Sequence[Case]]) -> None:
-    """A patient in two splits would be trained on and tested on."""
-    patients = [{case.patient for case in cases} for cases in splits.values()]
-    shared = sum(map(len, patients)) - len(set().union(*patients))
-    if shared:
-        raise DataError(f"{shared} patient(s) are in two of the data set's own splits; mend them")
-
-
-def _place(patient: str, seed: int) -> float:
-    """A number in [0, 1) that only this patient and the seed decide."""
-    digest = hashlib.sha256(f"{seed}/{patient}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def _prepare_all(read: Iterator[Sample], study: Study, folder: Path | None) -> Samples:
@@ -251,7 +165,7 @@ def _scans(read: Iterable[Sample], config: Input, folder: Path | None) -> Scans:
     return Scans(tuple(all_pixels), tuple(all_masks), tuple(patients), config.size, reading)
 
 
-def _read(
+def read_samples(
     cases: Iterable[Case], study: Study, intake: Intake, skipped: list[str] | None
 ) -> Iterator[Sample]:
     """Every image, noted; broken ones stop the site or go on the ``skipped`` list."""

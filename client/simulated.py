@@ -11,16 +11,11 @@ import torch
 
 from client.config import simulated_table
 from client.contents import Contents
-from client.dataset import (
-    Deal,
-    Samples,
-    SiteData,
-    count_training_units,
-    load_site_data,
-)
+from client.dataset import Samples, SiteData, load_site_data
 from client.images import Images, Scans
 from client.policy import check_unit
 from client.site import Site, Source, open_site, pick_device
+from client.splits import Deal, count_training_units
 from common.errors import ConfigError
 from common.roster import Credentials
 from common.simulation import Simulation

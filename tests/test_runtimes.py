@@ -12,7 +12,7 @@ import tomli_w
 from deployment import found, running
 
 from client.config import simulated_table
-from client.dataset import count_training_units
+from client.splits import count_training_units
 from common.config import load, read_table, replace_value
 from common.study import Study
 from server.report import verify

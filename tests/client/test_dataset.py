@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from client.config import Data, FolderData, NpzData, PhantomData
-from client.dataset import STACK, load_site_data, split_cases
+from client.dataset import STACK, load_site_data
 from client.images import Images
 from client.prepare import load_pixels, prepare
 from client.readers.case import Case, Split
+from client.splits import split_cases
 from common.errors import DataError
 from common.study import Input, Study
 

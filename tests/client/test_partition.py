@@ -13,10 +13,11 @@ from PIL import Image
 
 from client import partition
 from client.config import CsvData, PhantomData
-from client.dataset import Deal, load_site_data
+from client.dataset import load_site_data
 from client.partition import MIN_TRAIN_PATIENTS, deal
 from client.readers import Wanted, read_cases
 from client.readers.case import Case, Split
+from client.splits import Deal
 from common.errors import ConfigError
 from common.study import Study
 
