@@ -16,6 +16,7 @@ from client.place import NEWEST_LIST
 from client.policy import check_policy, check_unit
 from client.round import COORDINATOR, answer
 from client.site import AUDIT, Site, Source, open_site, pick_device, utc_now
+from client.statistics import count_images
 from common.audit import MAX_VALUE_CHARS, AuditLog
 from common.disk import hold_lock, is_full, remove_leftovers, replace_file
 from common.errors import ConfigError, DataError, FederationError, PolicyError, RemoteProtocolError
@@ -151,11 +152,12 @@ class Hospital:
         if data.declared_patients is None:
             raise ConfigError("data.declared_patients is needed: a public constant, not a count")
         load = functools.partial(load_site_data, data, study, folder=self.config.state_dir)
+        count = functools.partial(count_images, data, study)
         began = self._check_folder(study)
         site = open_site(
             self.config.name,
             study,
-            Source(data.name, data.declared_patients, budget, load),
+            Source(data.name, data.declared_patients, budget, load, count),
             state_dir=self.home / STUDIES / study.digest(),
             home=self.home,
             device=pick_device(self.config.device),

@@ -32,6 +32,7 @@ def _lines(study: Study, config: SiteConfig, earlier: Iterable[Approval]) -> Ite
     if study.table is not None:
         columns = ", ".join(repr(column.name) for column in study.table.columns)
         yield f"data: reads the columns {columns} of every patient's record; they stay here"
+    yield from _statistics(study)
     yield from _keys(study, config.name, earlier)
     yield from _sums(study)
     yield from _training(study)
@@ -42,6 +43,22 @@ def _lines(study: Study, config: SiteConfig, earlier: Iterable[Approval]) -> Ite
     yield from (f"NOT PERMITTED by [policy]: {rule}" for rule in broken)
     if not broken:
         yield "[policy]: permits it"
+
+
+def _statistics(study: Study) -> Iterator[str]:
+    if study.statistics is None:
+        return
+    what = "images and patients by split, images by class"
+    if study.task.kind != "classification":
+        what += f", {'boxes' if study.task.kind == 'detection' else 'pixels'} by class"
+    if study.input.size:
+        what += ", grey values, sides and spacing"
+    if study.table is not None:
+        what += ", empty cells of each column"
+    yield (
+        f"leaving: once, before the first round, counts of what this site's images are like "
+        f"({what}), masked and summed like the updates; the sum is exact, WITHOUT noise"
+    )
 
 
 def _keys(study: Study, own: str, earlier: Iterable[Approval]) -> Iterator[str]:

@@ -136,6 +136,8 @@ def take_part(task: RoundTask, session: Session, site: Site) -> Upload:
         raise RemoteProtocolError(text, rule="R4")
     if task.purpose == Purpose.TRAIN:
         return contribute(task, session, site)
+    if task.purpose == Purpose.STATISTICS:
+        return count(task, session, site)
     return score(task, session, site)
 
 
@@ -220,6 +222,20 @@ def _trained(
         rate=rate,
         secrets=site.secrets(task.sum_number),
     )
+
+
+def count(task: RoundTask, session: Session, site: Site) -> Upload:
+    """Return the masked counts of what this site's images are like; no model is looked at.
+
+    Raises:
+      RemoteProtocolError: R4. The study asks for none.
+    """
+    if site.study.statistics is None:
+        text = "statistics of the images, which the study does not ask for"
+        raise RemoteProtocolError(text, rule="R4")
+    site.charge(session.manifest.run, task.sum_number)
+    counted = only_counts(site.counted(), site.weight, len(task.exponents))
+    return session.mask(counted, site.statement(session.manifest.run, task.sum_number))
 
 
 def score(task: RoundTask, session: Session, site: Site) -> Upload:

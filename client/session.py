@@ -50,9 +50,11 @@ def releases(purpose: Purpose | str, round_number: int) -> dict[str, int]:
     """What the sum of a task tells, and of which round's model: each is told once in a run.
 
     A training task for round r scores the model of round r - 1 on validation besides. The model
-    that is returned is scored on test once in a run.
+    that is returned is scored on test once in a run, and images are counted once.
     """
     match Purpose(purpose):
+        case Purpose.STATISTICS:
+            return {"statistics": 0}
         case Purpose.TRAIN:
             return {"update": round_number, "validation": round_number - 1}
         case Purpose.VALIDATE:

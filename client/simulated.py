@@ -16,6 +16,7 @@ from client.images import Images, Scans
 from client.policy import check_unit
 from client.site import Site, Source, open_site, pick_device
 from client.splits import Deal, count_training_units
+from client.statistics import count_images
 from common.errors import ConfigError
 from common.roster import Credentials
 from common.simulation import Simulation
@@ -45,7 +46,9 @@ def source_of(study: Study, simulation: Simulation, index: int) -> Source:
     declared = data.declared_patients if dealt is None else None
     if declared is None:  # the harness declares for the site what the partition gave it
         declared = count_training_units(data, study, dealt)
-    return Source(data.name, declared, config.budget, partial(load_site_data, data, study, dealt))
+    load = partial(load_site_data, data, study, dealt)
+    count = partial(count_images, data, study, dealt)
+    return Source(data.name, declared, config.budget, load, count)
 
 
 def simulated_site(

@@ -22,6 +22,7 @@ from client.journal import JOURNAL, RELEASED, Journal
 from client.ledger import Ledger, any_holds, charge_key
 from client.noise import Keystream
 from client.session import Party
+from client.statistics import Counted
 from common.audit import AuditLog
 from common.charges import LEDGERS, WITHOUT_PRIVACY
 from common.errors import ConfigError, LocalProtocolError
@@ -50,6 +51,7 @@ class Source:
     num_units: int  # what the site declares: training patients, or images where they are the unit
     budget: Budget | None
     load: Callable[[], SiteData]
+    count: Callable[[], Counted]  # for a study that asks what the images are like
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Site:
     ledger: Ledger
     plan: PrivacyPlan | None  # None in a study without privacy
     load: Callable[[], SiteData]
+    count: Callable[[], Counted]
     state_dir: Path  # on this site's disk: journal, evidence, its own example
     home: Path  # what all studies of this site have in common: ledgers and the audit log
     credentials: Callable[[], Credentials] | None = None  # None: it trains alone, sends nothing
@@ -123,6 +126,12 @@ class Site:
         data = self.load()
         self.ledger.opened(data.contents)
         return data.to(self.network.values.device)
+
+    def counted(self) -> NDArray[np.int64]:
+        """Counts of what the site's images are like; it opens them, and whoever asks charges."""
+        found = self.count()
+        self.ledger.opened(found.contents)
+        return found.counts
 
     def rng(self, sum_number: int) -> torch.Generator:
         """A reproducible stream for one sum: order of images and augmentation without privacy."""
@@ -232,6 +241,7 @@ def open_site(
         ),
         plan=plan,
         load=source.load,
+        count=source.count,
         state_dir=state_dir,
         home=home,
         credentials=credentials,

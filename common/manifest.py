@@ -18,11 +18,13 @@ from pydantic import Field
 from common.audit import GENESIS
 from common.config import Frozen, parse_message
 from common.errors import RemoteProtocolError, VersionMismatch
+from common.messages import Purpose
 from common.models.flat import Schema
 from common.quantize import Ring, first_exponents
 from common.secagg.encoding import digest
 from common.study import MIN_SITES, Name, Study
 from common.tasks import Task
+from common.tasks.statistics import StatisticsTask
 
 NUM_EVALUATIONS = 2  # the last model on validation, the returned model on test
 MAX_SITES = 255
@@ -64,9 +66,10 @@ class Manifest(Opening):
     version: Literal[1] = 1
     study: Digest
     threshold: int  # shares that recover a secret
-    num_sums: int  # rounds, evaluations and spare ones for void sums
+    num_sums: int  # statistics, rounds, evaluations and spare ones for void sums
     num_params: int
     num_tail: int
+    num_statistics: int = 0  # counts of what images are like; 0 in a study that asks for none
     schema_digest: Digest
     first_model: Digest
     exponents: tuple[int, ...]
@@ -98,6 +101,12 @@ class Manifest(Opening):
     def names(self) -> tuple[str, ...]:
         """The members in order; a site's index is its place here."""
         return tuple(member.name for member in self.members)
+
+    def num_tail_of(self, purpose: Purpose) -> int:
+        """Numbers beside the update in an answer: weight, clipped entries per tensor, counts."""
+        if purpose == Purpose.STATISTICS:
+            return 1 + len(self.exponents) + self.num_statistics
+        return self.num_tail
 
     @property
     def ring(self) -> Ring:
@@ -132,14 +141,15 @@ def plan_epoch(
     """The manifest that follows from a study, its network and who takes part."""
     num_sites = len(opening.members)
     ring = Ring(study.aggregation.ring_bits, num_sites)
-    num_tensors = len(schema.names)
+    num_tensors, asks = len(schema.names), study.statistics is not None
     return Manifest(
         **opening.model_dump(include=set(Opening.model_fields)),
         study=study.digest(),
         threshold=default_threshold(num_sites),
-        num_sums=study.num_rounds + NUM_EVALUATIONS + study.num_rounds // 4 + 2,
+        num_sums=asks + study.num_rounds + NUM_EVALUATIONS + study.num_rounds // 4 + 2,
         num_params=schema.num_params,
         num_tail=1 + num_tensors + task.num_counts,
+        num_statistics=StatisticsTask(study).num_counts if asks else 0,
         schema_digest=schema.digest(),
         first_model=first_model,
         exponents=first_exponents(num_tensors, study.aggregation.first_round_bound, ring),

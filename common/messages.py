@@ -24,6 +24,7 @@ from common.secagg.encoding import Part, encode
 class Purpose(StrEnum):
     """What one sum is for. Each purpose touches exactly the splits it names."""
 
+    STATISTICS = "statistics"  # count what the images are like; no model is looked at
     TRAIN = "train"  # score the model on validation, train it on training images
     VALIDATE = "validate"  # score the model on validation
     TEST = "test"  # score the model on test

@@ -56,7 +56,7 @@ class Collected:
     sum_number: int
     task: bytes  # digest
     values: NDArray[np.uint32]  # (num_params,), or (0,) for an evaluation
-    tail: NDArray[np.uint64]  # (num_tail,)
+    tail: NDArray[np.uint64]  # (num_tail,), or as long as statistics need
     uploads: dict[int, Kept] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)  # who is not in it, and why in a word
 
@@ -68,7 +68,7 @@ class Collected:
             task.sum_number,
             digest_of_task(task),
             np.zeros(num_params, np.uint32),
-            np.zeros(manifest.num_tail, np.uint64),
+            np.zeros(manifest.num_tail_of(task.purpose), np.uint64),
         )
 
     @property
@@ -92,7 +92,8 @@ class Collected:
           RemoteProtocolError: It is not exactly one answer of this site to this task; nothing was
             added.
         """
-        upload = _check(site, reply, epoch, self.sum_number, task=self.task, values=self.values)
+        num_bytes = self.values.size * epoch.manifest.ring_bits // 8 + self.tail.nbytes
+        upload = _check(site, reply, epoch, self.sum_number, task=self.task, num_bytes=num_bytes)
         if bool(upload.statement) != is_private:
             raise RemoteProtocolError("a privacy statement is missing, or came unasked")
         if site in self.uploads:
@@ -143,7 +144,7 @@ def _check(
     sum_number: int,
     *,
     task: bytes,
-    values: NDArray[np.uint32],
+    num_bytes: int,
 ) -> Upload:
     if not isinstance(reply, Upload):
         raise RemoteProtocolError(f"a task was answered with {type(reply).__name__}", rule="R7")
@@ -160,7 +161,6 @@ def _check(
         num_sites,
     ):
         raise RemoteProtocolError("an upload for another sum or another task came", rule="R7")
-    num_bytes = values.size * manifest.ring_bits // 8 + 8 * manifest.num_tail
     if reply.body.shape != (num_bytes,):
         text = f"an upload of {reply.body.nbytes} bytes came, expected {num_bytes}"
         raise RemoteProtocolError(text, rule="R4")

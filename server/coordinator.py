@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from common.audit import AuditLog
 from common.errors import RoundAborted
@@ -23,12 +24,13 @@ from common.roster import CoordinatorCredentials
 from common.statement import Statement
 from common.study import DifferentialPrivacy, Study
 from common.tasks import Figures, Task, task_of
+from common.tasks.statistics import StatisticsTask
 from server.cohort import Cohort
 from server.epoch import Epoch
 from server.exchange import Exchange, utc_now
 from server.heads import Heads
 from server.network import Network
-from server.run_dir import AUDIT, RunDir
+from server.run_dir import AUDIT, STATISTICS, RunDir
 from server.secure_sum import Total, Void, secure_sum
 from server.state import (
     State,
@@ -36,6 +38,7 @@ from server.state import (
     finished,
     initial_state,
     returned_model,
+    statistics_task,
     test_task,
     training_task,
     validation_task,
@@ -60,6 +63,10 @@ class Observer(Protocol):
 
     def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
         """The sites have agreed; ``round_number`` rounds are already done."""
+        ...
+
+    def counted(self, figures: Figures) -> None:
+        """The statistics that the study asks for are known."""
         ...
 
     def uploaded(self, site: str, num_uploads: int, num_sites: int) -> None:
@@ -153,6 +160,7 @@ def run(
         run_dir.save_model(0, state.model, this.schema)
     state = state.for_ring(epoch.manifest.ring)
     observer.started(study, state.round_number, epoch.manifest.names)
+    epoch, state = count_images(this, epoch, state)
     while not finished(state, study):
         started = time.perf_counter()
         total = sum_of(this, epoch, training_task(state, epoch.run.hex()))
@@ -182,6 +190,22 @@ def run(
     if state.round_number == 0:
         raise RoundAborted("every sum was void and nothing was learned; see the sites' logs")
     return conclude(this, epoch, state)
+
+
+def count_images(this: Coordinator, epoch: Epoch, state: State) -> tuple[Epoch, State]:
+    """Statistics of all sites' images, once, where the study asks for them."""
+    counted = [line["sum"] for line in this.run_dir.evaluations() if line["counts"] == STATISTICS]
+    # A sum that was recorded and not left behind is asked for again: sites stored their answers.
+    if this.study.statistics is None or (counted and counted[0] < state.sum_number):
+        return epoch, state
+    epoch, state, counts = evaluated(this, epoch, state, statistics_task)
+    figures = StatisticsTask(this.study).figures(counts)
+    this.run_dir.save_statistics(figures)
+    state = state.skip_sum()
+    this.run_dir.save_state(state)
+    this.run_dir.drop_pending()
+    this.observer.counted(figures)
+    return epoch, state
 
 
 def check_progress(before: State, after: State, study: Study) -> None:
@@ -214,14 +238,15 @@ def renew_if_members_changed(
 def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     """Score the last model on validation and the returned one on test; write the results."""
     if not state.is_scored:
-        epoch, state, figures = evaluated(this, epoch, state, validation_task)
-        state = state.scored(figures)
+        epoch, state, counts = evaluated(this, epoch, state, validation_task)
+        state = state.scored(this.task.figures(counts))
         this.run_dir.save_state(state)
         this.run_dir.drop_pending()
     returned = best_round(state, this.study)
     model = returned_model(state, this.study, this.run_dir.model(returned, this.schema))
     make_task = partial(test_task, model=model, round_number=returned)
-    epoch, state, final = evaluated(this, epoch, state, make_task)
+    epoch, state, counts = evaluated(this, epoch, state, make_task)
+    final = this.task.figures(counts)
     digest = this.run_dir.save_final(model, this.schema, this.frozen)
     rounds = this.run_dir.rounds()
     seconds = [line["seconds"] for line in rounds]
@@ -261,8 +286,8 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
 
 def evaluated(
     this: Coordinator, epoch: Epoch, state: State, make_task: Callable[[State, str], RoundTask]
-) -> tuple[Epoch, State, Figures]:
-    """Figures of an evaluation; a void one is asked again under the next sum number."""
+) -> tuple[Epoch, State, NDArray[np.int64]]:
+    """Counts that no training follows; a void sum is asked again under the next sum number."""
     started = time.perf_counter()
     while isinstance(total := sum_of(this, epoch, make_task(state, epoch.run.hex())), Void):
         state = state.skip_sum()
@@ -270,12 +295,12 @@ def evaluated(
         epoch, state = renew_if_members_changed(this, epoch, state, total)
     task = total.task
     this.keep(total.statements)
+    name = f"{task.purpose}"
+    if task.purpose == Purpose.VALIDATE:
+        name = f"validation-{task.round_number:04d}"
     line = sum_line(total, time.perf_counter() - started)
-    if task.purpose == Purpose.TEST:
-        this.run_dir.save_evaluation("test", total.counts, line)
-    else:
-        this.run_dir.save_evaluation(f"validation-{task.round_number:04d}", total.counts, line)
-    return epoch, state, this.task.figures(total.counts)
+    this.run_dir.save_evaluation(name, total.counts, line)
+    return epoch, state, total.counts
 
 
 def sum_of(this: Coordinator, epoch: Epoch, task: RoundTask) -> Total | Void:

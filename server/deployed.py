@@ -19,6 +19,7 @@ from common.models.build import build_network
 from common.roster import CoordinatorCredentials, Trust
 from common.study import Study
 from common.tasks import task_of
+from common.tasks.statistics import StatisticsTask
 from server.config import CoordinatorConfig
 from server.coordinator import Summary, run
 from server.heads import Heads
@@ -163,8 +164,11 @@ def coordinate(study: Study, config: CoordinatorConfig, folder: Path, *, resume:
 
 def largest_upload(study: Study) -> int:
     """Bytes of the longest answer that an honest site gives, with room for what goes around it."""
-    schema, task = build_network(study).schema, task_of(study)
-    num_tail = 1 + len(schema.names) + task.num_counts
+    schema = build_network(study).schema
+    num_counts = task_of(study).num_counts
+    if study.statistics is not None:
+        num_counts = max(num_counts, StatisticsTask(study).num_counts)
+    num_tail = 1 + len(schema.names) + num_counts
     return 4 * schema.num_params + 8 * num_tail + AROUND_BYTES + MEMBER_BYTES * len(study.members)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from common.cli import figures_line
 from common.study import Study
+from common.tasks import Figures
 from server.secure_sum import Void
 
 LOOK_S, SLOW_S, EVERY_S = 1.0, 5.0, 10.0  # a transfer that takes so long is shown, and how often
@@ -63,6 +65,11 @@ class ConsoleObserver:
             self._progress.add_task("", total=study.num_rounds, completed=round_number)
             self._progress.start()
 
+    def counted(self, figures: Figures) -> None:
+        """What the images of all sites are like, before anything is trained."""
+        for line in statistics_lines(figures):
+            self._console.print(line, markup=False)  # [input] is no style
+
     def uploaded(self, site: str, num_uploads: int, num_sites: int) -> None:
         """On a terminal, show who has answered."""
         if self._progress is not None:
@@ -104,6 +111,35 @@ class ConsoleObserver:
     def _update(self, **changes: Any) -> None:
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], **changes)
+
+
+def statistics_lines(figures: Figures) -> Iterator[str]:
+    """The statistics in a few lines; ``statistics.json`` has all of them."""
+    images, patients = figures["images"], figures["patients"]
+    yield f"statistics: {images['train']} training images of {patients['train']} patients"
+    if shown := [
+        f"{entry['class']} in {entry['images']} ({entry['share_of_images']:.1%})"
+        for entry in figures["classes"]
+        if entry["share_of_images"] is not None
+    ]:
+        yield f"  classes: {', '.join(shown)}"
+    for number, channel in enumerate(figures.get("grey", ()), start=1):
+        named = f" of channel {number}" * (len(figures["grey"]) > 1)
+        at = ", ".join(f"{p} %: {_short(value)}" for p, value in channel["percentiles"].items())
+        yield f"  grey values{named}: {at}"
+    for what, unit in (("side", "pixels"), ("spacing", "mm")):
+        middles = [axis["50"] for axis in figures.get(what, ()) if axis["50"] is not None]
+        if middles:
+            yield f"  median {what}: {' x '.join(f'{each:.3g}' for each in middles)} {unit}"
+    if suggested := figures.get("suggested"):
+        chosen = ", ".join(f"{key} = {json.dumps(value)}" for key, value in suggested.items())
+        yield f"  [input] of a study could say: {chosen}"
+    for column, num in figures.get("empty_cells", {}).items():
+        yield f"  empty cells of {column!r}: {num}"
+
+
+def _short(value: float | None) -> str:
+    return "outside" if value is None else f"{value:.4g}"
 
 
 class Transfers:

@@ -37,7 +37,7 @@ from server.reporting.privacy import privacy_facts
 from server.reporting.record import Facts, Record, read_record
 from server.reporting.statements import check_statements
 from server.reporting.worth import worth_of
-from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, SUMMARY, RunDir
+from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, STATISTICS, SUMMARY, RunDir
 from server.transcript import TRANSCRIPT
 
 HTML, JSON = "report.html", "report.json"
@@ -158,11 +158,33 @@ def check_record(record: Record) -> None:
     for name, tensor in build_network(record.study).kept().items():
         if name not in final or not np.array_equal(tensor, final[name]):
             raise FederationError(f"{FINAL}: {name} is not what this study freezes it at")
+    check_statistics(record)
     for what, file, computed, recorded in _recorded_twice(record):
         if not _same(computed, recorded):
             raise FederationError(
                 f"{SUMMARY}: {what} is {str(recorded)[:80]}, {file} gives {str(computed)[:80]}; "
                 "the files are not of one run, or another version of this program wrote them"
+            )
+
+
+def check_statistics(record: Record) -> None:
+    """Recompute what ``statistics.json`` says, where the study asks for statistics.
+
+    Raises:
+      FederationError: It is missing, or is not what its counts give.
+    """
+    if record.study.statistics is None:
+        return
+    counts = f"counts/{STATISTICS}.npy"
+    for name in (f"{STATISTICS}.json", counts):
+        if name not in record.digests:
+            raise FederationError(f"{name} is not listed in {SUMS}; the study asks for statistics")
+    recorded = record.run_dir.statistics() or {}
+    for key, computed in record.figures(STATISTICS).items():
+        if not _same(computed, recorded.get(key)):
+            raise FederationError(
+                f"{STATISTICS}.json: {key} is {str(recorded.get(key))[:80]}, {counts} gives "
+                f"{str(computed)[:80]}"
             )
 
 

@@ -31,6 +31,7 @@ from common.seal import SUMS, digest_of, seal
 from common.simulation import SIMULATION, STUDY, Simulation
 from common.statement import Statement
 from common.study import Study
+from common.tasks import Figures
 from common.throwaway import CA, SITES
 from server.collected import Collected
 from server.epoch import Epoch
@@ -44,6 +45,7 @@ EXCLUDED = "excluded.json"
 OPENED = "opened-epoch"
 ROUNDS = "rounds.jsonl"
 EVALUATIONS = "evaluations.jsonl"
+STATISTICS = "statistics"  # counts and figures of what the images are like
 PRIVACY = "privacy"
 SUMMARY = "summary.json"
 FINAL = "final.safetensors"
@@ -258,18 +260,27 @@ class RunDir:
     def save_evaluation(
         self, name: str, counts: NDArray[np.int64], line: Mapping[str, Any]
     ) -> None:
-        """Record a sum that only scored a model; ``name`` as in ``counts``."""
+        """Record a sum that no training was part of; ``name`` as in ``counts``."""
         self.save_counts(name, counts)
         kept = [known for known in self.evaluations() if known["counts"] != name]
         lines = [*kept, {"counts": name, **line}]
         self._write(EVALUATIONS, "".join(json.dumps(known) + "\n" for known in lines).encode())
 
+    def save_statistics(self, figures: Figures) -> None:
+        """Write ``statistics.json``: figures of what the images are like."""
+        self._write(f"{STATISTICS}.json", (json.dumps(figures, indent=2) + "\n").encode())
+
+    def statistics(self) -> Figures | None:
+        """What ``statistics.json`` holds; None in a run whose study asks for none."""
+        path = self.path / f"{STATISTICS}.json"
+        return dict(json.loads(path.read_text())) if path.exists() else None
+
     def evaluations(self) -> list[dict[str, Any]]:
-        """One record per sum that only scored a model."""
+        """One record per sum that no training was part of."""
         return self._lines(EVALUATIONS)
 
     def counts(self, name: str) -> NDArray[np.int64]:
-        """Summed counts: ``validation-0007`` or ``test``."""
+        """Summed counts: ``validation-0007``, ``test`` or ``statistics``."""
         counts: NDArray[np.int64] = np.load(self.path / "counts" / f"{name}.npy")
         return counts
 

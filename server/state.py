@@ -123,6 +123,11 @@ def initial_state(study: Study, manifest: Manifest, model: NDArray[np.float32]) 
     )
 
 
+def statistics_task(state: State, run: str) -> RoundTask:
+    """Count what the images are like, before the first round."""
+    return _task(state, run, Purpose.STATISTICS, 0, state.model)
+
+
 def training_task(state: State, run: str) -> RoundTask:
     """Score the current model on validation and train the next one."""
     return _task(state, run, Purpose.TRAIN, state.round_number + 1, state.model)

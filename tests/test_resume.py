@@ -28,6 +28,9 @@ class Killer(Watcher):
         super().uploaded(site, num_uploads, num_sites)
         if {moment!r} == f"upload {{len(self.uploads)}}":
             die()
+    def counted(self, figures):
+        if {moment!r} == "counted":
+            die()
 
 federate(tiny_study(**{changes!r}), Path({folder!r}), watcher=Killer())
 """
@@ -38,6 +41,7 @@ CHANGES = {
         "server_optimizer": {"name": "fedyogi", "ema": 0.7},
         "privacy": PRIVACY,
     },
+    "statistics": {"statistics": {"intensity": [0, 255]}},
 }
 
 
@@ -61,6 +65,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         ("momentum", "upload 18"),
         ("seeded privacy, average", "after round 1"),
         ("seeded privacy, average", "upload 7"),
+        ("statistics", "upload 2"),
+        ("statistics", "counted"),
+        ("statistics", "upload 6"),
     ],
 )
 def test_killed_and_resumed_gives_the_same_model(

@@ -78,6 +78,7 @@ ALGORITHMS: dict[str, dict[str, object]] = {
         "num_rounds": 6,
         "training.early_stopping": {"figure": "loss", "patience": 1},
         "training.learning_rate": 0.1,  # too high: the loss rises soon
+        "statistics": {"intensity": [0, 255]},
     },
 }
 
@@ -104,6 +105,10 @@ def test_what_sites_keep_and_when_a_run_ends_is_the_same_in_all_runtimes(
         assert other["metrics"] == local["metrics"]
     if title == "early stopping":
         assert local["num_rounds"] < 6  # type: ignore[operator]
+        counted = [
+            tmp_path / run / "statistics.json" for run in ("local", "flower", "deployed/run")
+        ]
+        assert len({path.read_bytes() for path in counted}) == 1
 
 
 def _deploy(study: Path, folder: Path, num_statements: int = 3 * (4 + 2)) -> dict[str, object]:

@@ -19,6 +19,7 @@ from common.study.model import (
     Unet,
 )
 from common.study.privacy import DifferentialPrivacy, Engine, NoPrivacy, Privacy
+from common.study.statistics import Statistics
 from common.study.study import MIN_SITES, Deadlines, Member, Name, Study
 from common.study.table import CategoryColumn, Column, DateColumn, NumberColumn, Table
 from common.study.task import Classification, Detection, Segmentation
@@ -72,6 +73,7 @@ __all__ = [
     "SegResNet",
     "Segmentation",
     "ServerOptimizer",
+    "Statistics",
     "Study",
     "Table",
     "Training",

@@ -13,6 +13,7 @@ from common.config import Frozen
 from common.errors import ConfigError
 from common.study.model import Model, model_misfits
 from common.study.privacy import DifferentialPrivacy, Privacy
+from common.study.statistics import Statistics
 from common.study.table import Table
 from common.study.task import Task
 from common.study.training import Augmentation, FedAvg, Input, Positive, ServerOptimizer, Training
@@ -76,6 +77,7 @@ class Study(Frozen):
     model: Model
     input: Input = Input(size=())  # as given: no images
     table: Table | None = None
+    statistics: Statistics | None = None
     training: Training
     server_optimizer: ServerOptimizer = FedAvg()
     privacy: Privacy
@@ -93,6 +95,7 @@ class Study(Frozen):
         if names and len(names) < self.cohort.min_sites:
             yield "members", f"{len(names)} given, cohort.min_sites is {self.cohort.min_sites}"
         yield from self._training_conflicts()
+        yield from self._statistics_conflicts()
         if isinstance(self.privacy, DifferentialPrivacy):
             yield from self._privacy_conflicts()
         task = self.task.kind
@@ -126,6 +129,19 @@ class Study(Frozen):
             yield from self._state_conflicts()
         if training.warmup_rounds >= self.num_rounds > 1:
             yield "training.warmup_rounds", f"the study has {self.num_rounds} rounds in all"
+
+    def _statistics_conflicts(self) -> Iterator[tuple[str, str]]:
+        """Statistics are exact: noise on them is not planned for, so private studies have none."""
+        if self.statistics is None:
+            return
+        if isinstance(self.privacy, DifferentialPrivacy):
+            text = "exact sums, which the noise of [privacy] does not cover; leave [statistics] out"
+            yield "statistics", f"{text}, or ask for them in a study of their own without privacy"
+        if self.input.size and self.statistics.intensity is None:
+            text = "[low, high] of the files' grey values: [0, 255] of 8 bits, [-1024, 3071] of CT"
+            yield "statistics.intensity", text
+        if not self.input.size and self.statistics.intensity is not None:
+            yield "statistics.intensity", "there are no images; leave it out"
 
     def _state_conflicts(self) -> Iterator[tuple[str, str]]:
         """What sites that keep something from round to round cannot do besides."""

@@ -13,12 +13,15 @@ from common.study import Detection, DifferentialPrivacy, NoPrivacy, Segmentation
 from server.reporting.classes import figures_by_class
 from server.reporting.record import Facts, Record
 from server.reporting.seen import seen_by_coordinator
-from server.run_dir import SUMMARY
+from server.run_dir import STATISTICS, SUMMARY
 
 MIN_SUPPORT: Final = 30  # test images of a class; with fewer, one image moves recall by over 3 %
 MIN_IMAGES: Final = 10  # test images with masks; pixels are many, but those of one image are alike
 
 COUNTS_WITHOUT_NOISE = "Counts of held-out images were added up over the sites without noise."
+STATISTICS_WITHOUT_NOISE = (
+    "Counts of what the training images are like were added up over the sites without noise."
+)
 MASKS: Final = {  # by the version of the manifests
     1: "Every update, weight and count left its site under masks; the coordinator could remove "
     "them from the sum over all survivors alone (MaskedSum v1; no formal proof exists yet).",
@@ -36,10 +39,8 @@ def privacy_lines(study: Study, summary: dict[str, Any]) -> list[str]:
                 "No differential privacy: nothing in this run bounds what the model, or an update "
                 "that was sent to make it, may reveal about a single training patient."
             )
-            return [
-                bounds_nothing,
-                COUNTS_WITHOUT_NOISE,
-            ]
+            asked = [] if study.statistics is None else [STATISTICS_WITHOUT_NOISE]
+            return [bounds_nothing, *asked, COUNTS_WITHOUT_NOISE]
         case DifferentialPrivacy():
             return _private_lines(study.privacy, summary["privacy"])
 
@@ -105,6 +106,7 @@ def facts_of(record: Record) -> Facts:
             }
             for site in summary["sites"]
         ],
+        "statistics": record.run_dir.statistics(),
         "seen": seen_by_coordinator(record),
         "clipped_entries": sum(line["clipped"] for line in rounds),
         "seconds": _seconds(rounds, record.evaluations),
@@ -149,7 +151,10 @@ def _seconds(rounds: list[dict[str, Any]], evaluations: list[dict[str, Any]]) ->
         if phase != "total"
     }
     whole = [line["seconds"]["total"] for line in rounds]
-    scoring = sum(line["seconds"]["total"] for line in evaluations)
+    beside = {STATISTICS: 0.0, "scored": 0.0}  # sums without training
+    for line in evaluations:
+        what = STATISTICS if line["counts"] == STATISTICS else "scored"
+        beside[what] += line["seconds"]["total"]
     by_phase["other"] = [
         max(0.0, all_of_it - sum(parts))
         for all_of_it, *parts in zip(whole, *by_phase.values(), strict=True)
@@ -160,6 +165,7 @@ def _seconds(rounds: list[dict[str, Any]], evaluations: list[dict[str, Any]]) ->
             for phase, spent in by_phase.items()
         },
         "rounds": {"total": sum(whole), "median": median(whole)},
-        "evaluations": scoring,
-        "total": sum(whole) + scoring,
+        "statistics": beside[STATISTICS],
+        "evaluations": beside["scored"],
+        "total": sum(whole) + sum(beside.values()),
     }

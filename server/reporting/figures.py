@@ -54,6 +54,9 @@ def draw_pictures(
                 _panel(name, [figures[name] for figures in by_round], returned)
                 for name in study.task.figures
             ],
+            "grey": [
+                _histogram(channel) for channel in (facts["statistics"] or {}).get("grey", [])
+            ],
             "seconds": [_bars(spent)] if len(by_round) <= MOST_BARS else [],
             "examples": [_film(example.phantom) for example in examples],
             **_classifications(facts, study, counts),
@@ -195,6 +198,20 @@ def _calibration(scores: NDArray[np.int64]) -> Svg:
     axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04), aspect="equal", xticks=ticks, yticks=ticks)
     axes.set(xlabel="probability by the model", ylabel="share that was true")
     return svg_of(figure, "Calibration curve")
+
+
+def _histogram(channel: Facts) -> Svg:
+    """Share of the grey values of one channel in every bin."""
+    figure, axes = _figure(4.2, 1.6)
+    (low, high), counts = channel["range"], np.array(channel["counts"], float)
+    edges = np.linspace(low, high, len(counts) + 1)
+    shares = counts / max(1.0, counts.sum())
+    axes.stairs(100 * shares, edges, fill=True, color=BLUE)
+    for percentile in ("5", "95"):
+        if (at := channel["percentiles"][percentile]) is not None:
+            axes.axvline(at, color=AMBER, linewidth=0.8, linestyle=(0, (3, 2)))
+    axes.set(xlim=(low, high), xlabel="grey value of the files", ylabel="% of values")
+    return svg_of(figure, "Grey values of all training images")
 
 
 def _heat_map(confusion: NDArray[np.int64]) -> Svg:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -68,6 +69,9 @@ def _environment() -> jinja2.Environment:
         "bytes": _bytes,
         "figure": _figure,
         "grouped": grouped,
+        "percent": _percent,
+        "short": _short,
+        "toml": json.dumps,
         "seconds": _duration,
         "title_of": title_of,
     }
@@ -76,6 +80,15 @@ def _environment() -> jinja2.Environment:
 
 def _figure(value: float | None) -> str:
     return "not defined" if value is None else f"{value:.4f}"
+
+
+def _percent(share: float | None) -> str:
+    return "not defined" if share is None else f"{100 * share:.1f} %"
+
+
+def _short(value: float | None) -> str:
+    """Three digits; None stands for what lies outside the bins."""
+    return "outside the bins" if value is None else f"{value:.3g}"
 
 
 def _bytes(number: float) -> str:

@@ -11,7 +11,8 @@ from common.manifest import Manifest
 from common.simulation import STUDY, Simulation
 from common.study import Study
 from common.tasks import Figures, task_of
-from server.run_dir import RunDir
+from common.tasks.statistics import StatisticsTask
+from server.run_dir import STATISTICS, RunDir
 from server.transcript import read_transcript
 
 Facts: TypeAlias = dict[str, Any]  # what report.json holds, or a part of it
@@ -35,7 +36,8 @@ class Record:
 
     def figures(self, counts: str) -> Figures:
         """Figures recomputed from ``counts/<counts>.npy``, as JSON holds them."""
-        recomputed = task_of(self.study).figures(self.run_dir.counts(counts))
+        task = StatisticsTask(self.study) if counts == STATISTICS else task_of(self.study)
+        recomputed = task.figures(self.run_dir.counts(counts))
         figures: Figures = json.loads(json.dumps(recomputed))
         return figures
 

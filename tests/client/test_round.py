@@ -406,7 +406,7 @@ def test_a_site_that_is_no_member_cannot_be_opened(make_site: SiteFactory, tmp_p
         open_site(
             "mallory",
             site.study,
-            Source("tiny", 3, None, site.load),
+            Source("tiny", 3, None, site.load, site.count),
             state_dir=tmp_path,
             device=pick_device("cpu"),
         )

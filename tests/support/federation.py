@@ -14,6 +14,7 @@ from common.config import validate
 from common.messages import Message
 from common.simulation import Simulation
 from common.study import Study
+from common.tasks import Figures
 from common.throwaway import coordinator_credentials
 from server.coordinator import Summary, run
 from server.network import LoopbackNetwork
@@ -53,6 +54,8 @@ class Watcher:
 
     def started(self, study: Study, round_number: int, sites: Sequence[str]) -> None:
         self.resumed_after = round_number
+
+    def counted(self, figures: Figures) -> None: ...
 
     def uploaded(self, site: str, num_uploads: int, num_sites: int) -> None:
         self.uploads.append(site)

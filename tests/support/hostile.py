@@ -38,6 +38,7 @@ from client.journal import Journal
 from client.ledger import Ledger
 from client.round import answer
 from client.site import Site
+from client.statistics import Counted
 from common.audit import AuditLog
 from common.authority import Authority
 from common.evidence import FILE, Evidence
@@ -168,6 +169,7 @@ class Federation(Cast):
             ledger=Ledger(state_dir / "ledgers" / "tiny.jsonl", "tiny", None),
             plan=None,
             load=lambda: images,
+            count=lambda: Counted(np.zeros(0, np.int64), images.contents),
             state_dir=state_dir,
             home=state_dir,
             credentials=lambda: Credentials(self.identities[index], self.trust),

@@ -1,0 +1,290 @@
+"""Federated statistics: right sums, asked once, before training, and only where people approved."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from cells import CLASSES, write_smears
+from federation import answers_of, federate, open_sites, tiny_study
+from numpy.typing import NDArray
+
+from client.config import Data, DataTable
+from client.dataset import load_site_data
+from client.splits import dealt_cases
+from client.statistics import amount_by_class, count_images
+from common.config import validate
+from common.errors import ConfigError, FederationError, RemoteProtocolError
+from common.study import Study
+from common.tasks.statistics import MILLIMETRES, PIXELS, StatisticsTask, class_of
+from server import coordinator
+from server.network import LoopbackNetwork
+from server.report import verify, write_report
+from server.run_dir import STATISTICS, RunDir
+from server.state import statistics_task
+
+ASKED = {"statistics": {"intensity": [0, 255], "num_bins": 128}}
+WIDTH = 255 / 128
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("statistics") / "run"
+    federate(tiny_study(**ASKED), folder)
+    return folder
+
+
+def training_pixels(folder: Path) -> list[NDArray[Any]]:
+    """Grey values of all training images of all sites, as their files have them."""
+    sites = open_sites(tiny_study(**ASKED), folder)
+    images = []
+    for site in sites.values():
+        data, study, dealt = site.count.args  # type: ignore[attr-defined]
+        images += [case.load() for case in dealt_cases(data, study, dealt)["train"]]
+    return images
+
+
+def test_the_sums_are_those_of_all_images_in_one_place(finished: Path, tmp_path: Path) -> None:
+    figures = json.loads((finished / "statistics.json").read_text())
+    images = training_pixels(tmp_path)
+    values = np.concatenate([image.ravel() for image in images]).astype(float)
+    assert figures["images"]["train"] == len(images)
+    (grey,) = figures["grey"]
+    assert sum(grey["counts"]) == values.size
+    assert (grey["below"], grey["above"]) == (0, 0)
+    assert grey["mean"] == pytest.approx(values.mean(), abs=WIDTH)
+    assert grey["std"] == pytest.approx(values.std(), abs=WIDTH)
+    for percentile, value in grey["percentiles"].items():
+        expected = np.percentile(values, float(percentile))
+        assert value == pytest.approx(expected, abs=WIDTH), percentile
+    assert [side["50"] for side in figures["side"]] == [32, 32]
+    assert figures["no_spacing"] == len(images)
+    suggested = figures["suggested"]
+    low, high = suggested["window"]
+    assert low == pytest.approx(grey["percentiles"]["0.5"], rel=0.01)
+    assert high == pytest.approx(grey["percentiles"]["99.5"], rel=0.01)
+    inside = np.clip((values - low) / (high - low), 0, 1)
+    assert suggested["mean"] == pytest.approx(inside.mean(), abs=0.01)
+    assert suggested["std"] == pytest.approx(inside.std(), abs=0.01)
+
+
+def test_classes_and_patients_are_counted_over_all_sites(finished: Path, tmp_path: Path) -> None:
+    figures = RunDir(finished).statistics()
+    assert figures is not None
+    sites = open_sites(tiny_study(**ASKED), tmp_path).values()
+    for split in ("train", "validation", "test"):
+        parts = [getattr(site.data, split) for site in sites]
+        key = "val" if split == "validation" else split
+        assert figures["images"][key] == sum(map(len, parts))
+        assert figures["patients"][key] == sum(part.num_patients for part in parts)
+    labels = np.concatenate([np.asarray(site.data.train.targets) for site in sites])
+    by_class = [entry["images"] for entry in figures["classes"]]
+    assert by_class == np.bincount(labels, minlength=2).tolist()
+    assert figures["classes"][1]["share_of_images"] == pytest.approx(labels.mean())
+
+
+def test_the_coordinator_sees_one_sum_and_it_comes_first(finished: Path) -> None:
+    run_dir = RunDir(finished)
+    (line,) = [one for one in run_dir.evaluations() if one["counts"] == STATISTICS]
+    assert (line["sum"], line["survivors"]) == (0, [f"site-{k}" for k in (1, 2, 3, 4)])
+    assert [one["sum"] for one in run_dir.rounds()] == [1, 2, 3]
+
+
+def test_images_are_counted_after_the_debit(tmp_path: Path) -> None:
+    sites = open_sites(tiny_study(**ASKED), tmp_path)
+    site = sites["site-1"]
+    seen: list[int] = []
+
+    def count() -> Any:
+        seen.append(len(site.ledger.charges()))
+        return site.count()
+
+    watched = {**sites, "site-1": dataclasses.replace(site, count=count)}
+    federate(
+        tiny_study(**ASKED),
+        tmp_path / "run",
+        network=LoopbackNetwork(answers_of(watched)),
+        sites_in=tmp_path,
+    )
+    assert seen == [1]
+
+
+def test_a_site_counts_nothing_that_its_study_does_not_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(coordinator, "training_task", statistics_task)
+    sites = open_sites(tiny_study(), tmp_path)
+    opened: list[str] = []
+    unopened = {
+        name: dataclasses.replace(site, count=partial(opened.append, name))
+        for name, site in sites.items()
+    }
+    network = LoopbackNetwork(answers_of(unopened))
+    with pytest.raises(RemoteProtocolError, match="which the study does not ask for") as refused:
+        federate(tiny_study(), tmp_path / "run", network=network, sites_in=tmp_path)
+    assert refused.value.rule == "R4"
+    assert opened == []
+    assert sites["site-1"].ledger.charges() == []
+
+
+def test_a_site_counts_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second sum, over other sites, would show the difference."""
+    monkeypatch.setattr(coordinator, "training_task", statistics_task)
+    with pytest.raises(RemoteProtocolError, match="statistics of this model before") as refused:
+        federate(tiny_study(**ASKED), tmp_path / "run")
+    assert refused.value.rule == "R4"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        (
+            {"privacy": {"epsilon": 8.0, "delta": 1e-5, "example_clip_norm": 1.0}},
+            "exact sums, which the noise of [privacy] does not cover",
+        ),
+        ({"statistics": {}}, "[low, high] of the files' grey values"),
+        ({"statistics": {"intensity": [9, 3]}}, "the lowest grey value of intensity"),
+        ({"statistics": {"intensity": [0, 9], "num_bins": 1}}, "greater than or equal to 4"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_the_next_move(
+    changes: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigError, match=text.replace("[", r"\[").replace("]", r"\]")):
+        tiny_study(**{**ASKED, **changes})
+
+
+def test_statistics_change_the_digest_and_leaving_them_out_does_not() -> None:
+    assert tiny_study(**ASKED).digest() != tiny_study().digest()
+    assert "statistics" not in tiny_study().as_table()
+
+
+def test_a_report_shows_them_and_verify_computes_them_again(tmp_path: Path, finished: Path) -> None:
+    page = write_report(finished).read_text()
+    assert "images are like</h2>" in page
+    assert "Grey values of all training images" in page
+    assert "intensity = &#34;window&#34;" in page
+    assert "Counts of what the training images are like" in page
+    verify(finished)
+    path = finished / "statistics.json"
+    before = path.read_text()
+    figures = json.loads(before)
+    figures["images"]["train"] += 1
+    path.write_text(json.dumps(figures))
+    try:
+        with pytest.raises(FederationError, match=r"statistics\.json"):
+            verify(finished)
+    finally:
+        path.write_text(before)
+
+
+def test_a_study_that_asks_for_nothing_has_no_such_section(tmp_path: Path) -> None:
+    federate(tiny_study(), tmp_path / "run")
+    page = write_report(tmp_path / "run").read_text()
+    assert "are like" not in page
+    assert not (tmp_path / "run/statistics.json").exists()
+
+
+# Other tasks
+
+
+def of(task: dict[str, Any], model: dict[str, Any], size: list[int], **changes: Any) -> Study:
+    table: dict[str, Any] = {
+        "name": "asks",
+        "num_rounds": 1,
+        "task": task,
+        "model": model,
+        "input": {"size": size, "intensity": "image"},
+        "statistics": {"intensity": [0, 255]},
+        "training": {"learning_rate": 0.1, "batch_size": 2, "local_steps": 1},
+        "privacy": {"mode": "none"},
+        **changes,
+    }
+    if task["kind"] == "detection":
+        table["training"]["loss"] = {"kind": "focal"}
+    return validate(table, Study, source=Path("asks.toml"))
+
+
+def set_of(kind: str, root: Path, **more: Any) -> Data:
+    table = {"name": "set", "format": kind, "root": str(root), **more}
+    return validate({"data": table}, DataTable, source=root / "site.toml").data
+
+
+def test_pixels_of_classes_and_spacing_of_volumes(tmp_path: Path) -> None:
+    spacings = [(0.5, 0.5, 2.0)] * 3 + [(1.0, 1.0, 4.0)]
+    for number, spacing in enumerate(spacings):
+        volume = np.full((16, 20, 12), 10 * number, np.int16)
+        mask = np.zeros(volume.shape, np.uint8)
+        mask[:4] = 1
+        affine = np.diag([*spacing, 1.0])
+        for folder, values in (("images", volume), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image = nibabel.Nifti1Image(values, affine)
+            nibabel.save(image, tmp_path / folder / f"p{number}.nii.gz")
+    study = of(
+        {"kind": "segmentation", "classes": ["background", "lesion"]},
+        {"name": "unet", "channels": [4, 8]},
+        [8, 16, 16],
+    )
+    data = set_of("nifti", tmp_path, layout="pairs", splits={"test": 0.0, "validation": 0.0})
+    counted = count_images(data, study)
+    figures = StatisticsTask(study).figures(counted.counts)
+    num = figures["images"]["train"]
+    assert num + figures["images"]["val"] == 4
+    background, lesion = figures["classes"]
+    assert (lesion["images"], lesion["pixels"]) == (num, num * 4 * 20 * 12)
+    assert lesion["share_of_pixels"] == pytest.approx(0.25)
+    assert background["pixels"] == num * 12 * 20 * 12
+    assert figures["no_spacing"] == 0
+    # The axes are depth, height and width, whatever the file has; powers of two are exact.
+    assert [axis["5"] for axis in figures["spacing"]] == [2.0, 0.5, 0.5]
+    assert [axis["50"] for axis in figures["side"]] == [12, 20, 16]
+
+
+def test_boxes_of_classes(tmp_path: Path) -> None:
+    write_smears(tmp_path, 8)
+    study = of(
+        {"kind": "detection", "classes": list(CLASSES), "max_boxes": 6},
+        {"name": "center-unet", "channels": [8, 16]},
+        [96, 64],
+        input={"size": [96, 64], "channels": 3, "intensity": "dtype"},
+    )
+    data = set_of("voc", tmp_path)
+    figures = StatisticsTask(study).figures(count_images(data, study).counts)
+    train = load_site_data(data, study).train
+    boxes = np.asarray(train.targets).reshape(-1, 5)
+    expected = [int((boxes[:, 4] == k).sum()) for k in range(2)]
+    assert [entry["boxes"] for entry in figures["classes"]] == expected
+    assert sum(expected) > 0
+    assert len(figures["grey"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("length", "lengths", "back"),
+    [(1.0, MILLIMETRES, 1.0), (0.5, MILLIMETRES, 0.5), (512, PIXELS, 512), (1e-9, PIXELS, 1.0)],
+)
+def test_powers_of_two_are_exact_and_extremes_stay_in_the_outer_classes(
+    length: float, lengths: tuple[float, float], back: float
+) -> None:
+    assert lengths[0] * 2 ** (class_of(length, lengths) / 32) == back
+
+
+@pytest.mark.parametrize("length", np.geomspace(0.02, 100, 17))
+def test_a_length_is_right_to_one_per_cent(length: float) -> None:
+    found = MILLIMETRES[0] * 2 ** (class_of(length, MILLIMETRES) / 32)
+    assert found == pytest.approx(length, rel=0.011)
+
+
+def test_labels_of_an_image_with_several() -> None:
+    study = of(
+        {"kind": "classification", "labels": "multilabel", "classes": ["a", "b", "c"]},
+        {"name": "cnn", "width": 4},
+        [32, 32],
+    )
+    assert amount_by_class(np.array([1, 0, 1]), study).tolist() == [1, 0, 1]
