@@ -32,6 +32,8 @@ def plan_lines(study: Study) -> Iterator[str]:
     yield f"task: {labels}{study.task.kind} of {', '.join(study.task.classes)}"
     num_params, num_tensors = schema.num_params, len(schema.names)
     yield f"model: {study.model.name}, {num_params} parameters in {num_tensors} tensors"
+    if study.statistics is not None:
+        yield "statistics: one exact sum over all sites' images before the first round"
     length = (
         f"{training.local_steps} steps"
         if training.local_steps

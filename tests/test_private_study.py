@@ -104,7 +104,7 @@ def test_a_study_over_budget_is_refused_before_any_data_is_opened(
     def opened(*_: object) -> None:
         raise AssertionError("data was opened")
 
-    monkeypatch.setattr("client.dataset.read_cases", opened)
+    monkeypatch.setattr("client.splits.read_cases", opened)
     with pytest.raises(BudgetExhausted, match="study tiny on data set phantoms"):
         simulated_site(study, simulation, 0, run_dir=tmp_path, device="cpu")
 

@@ -143,6 +143,7 @@ INVITATIONS: Cases = {
         "a cap on weights that nobody approved": proposed(weight_cap=1),
         "steps that nobody approved": proposed(exponents=[0, 0]),
         "a longer tail, for counts that nobody approved": proposed(num_tail=9999),
+        "statistics that nobody approved": proposed(num_statistics=9999),
         "another first model": proposed(first_model="0" * 64),
         "another order of the parameters": proposed(schema_digest="0" * 64),
         "another study": proposed(study="0" * 64),

@@ -6,7 +6,6 @@ What ``server.reporting.overlays`` is for masks; the colours are the same.
 from __future__ import annotations
 
 import hashlib
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -16,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from common.errors import FederationError
 from common.study.task import NUM_SIDES
 from common.tasks import DetectionTask, task_of
 from common.tasks.boxes import BOX, partners_of
@@ -24,11 +22,12 @@ from server.reporting.overlays import (
     LONGEST_SIDE,
     MEANINGS,
     OUTLINE,
-    UNREADABLE,
     Agreement,
     Colour,
     Overlay,
+    arrays_of,
     kept_examples,
+    no_example,
     png,
 )
 from server.reporting.record import Record
@@ -95,12 +94,7 @@ def drawn(image: NDArray[np.uint8], outlines: list[tuple[str, Boxes]]) -> Colour
 
 def _read(content: bytes, name: str, *, num_classes: int) -> Kept:
     """The arrays of one file; ``client.examples`` wrote it."""
-    wrong = FederationError(f"{name} is not an example of this study; move it away or restore it")
-    try:
-        with np.load(io.BytesIO(content)) as file:
-            kept = Kept(file["image"], file["boxes"], file["found"])
-    except UNREADABLE:
-        raise wrong from None
+    kept, wrong = Kept(*arrays_of(content, name, "image", "boxes", "found")), no_example(name)
     is_picture = kept.image.ndim in (2, 3) and kept.image.shape[2:] in ((), (3,))
     if kept.image.dtype != np.uint8 or not kept.image.size or not is_picture:
         raise wrong

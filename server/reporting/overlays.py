@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 import torch
@@ -117,6 +117,24 @@ def kept_examples(record: Record) -> list[tuple[str, str]]:
     return kept[:MOST_SITES]
 
 
+def arrays_of(content: bytes, name: str, *keys: str) -> list[NDArray[Any]]:
+    """Arrays of the content of a file that a site kept.
+
+    Raises:
+      FederationError: They cannot be read; the message has the file's name.
+    """
+    try:
+        with np.load(io.BytesIO(content)) as file:
+            return [file[key] for key in keys]
+    except UNREADABLE:
+        raise no_example(name) from None
+
+
+def no_example(name: str) -> FederationError:
+    """What is said of a file that a site has not written, or not in this study."""
+    return FederationError(f"{name} is not an example of this study; move it away or restore it")
+
+
 def legend(overlays: Sequence[Overlay]) -> list[tuple[str, str]]:
     """Colour and words of everything that the pictures show."""
     shown = {
@@ -156,13 +174,8 @@ def _overlay(site: str, name: str, folder: Path, task: SegmentationTask) -> Over
 
 def _read(content: bytes, name: str, *, num_classes: int) -> Kept:
     """The arrays of one file; ``client.examples`` wrote it."""
-    wrong = FederationError(f"{name} is not an example of this study; move it away or restore it")
-    try:
-        with np.load(io.BytesIO(content)) as file:
-            kept = Kept(file["image"], file["mask"], file["predicted"])
-    except UNREADABLE:
-        raise wrong from None
-    arrays = (kept.image, kept.mask, kept.predicted)
+    arrays, wrong = arrays_of(content, name, "image", "mask", "predicted"), no_example(name)
+    kept = Kept(*arrays)
     if any(a.dtype != np.uint8 or a.ndim != 2 or not a.size for a in arrays):  # noqa: PLR2004
         raise wrong
     if len({array.shape for array in arrays}) != 1:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -358,7 +359,7 @@ def without_test(source: Any) -> Any:
     data = source.load()
     empty = Images(torch.empty(0, 1, 32, 32), torch.empty(0), ())
     rest = SiteData(data.train, data.validation, empty, num_skipped=0, contents=data.contents)
-    return type(source)(source.data_name, source.num_units, source.budget, lambda: rest)
+    return replace(source, load=lambda: rest)
 
 
 def training_task(number: int, model: NDArray[np.float32]) -> RoundTask:

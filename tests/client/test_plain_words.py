@@ -68,6 +68,34 @@ def test_every_key_is_shown_in_groups_that_can_be_read_aloud(
     assert any("by telephone" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "counted"),
+    [
+        (
+            {"statistics": {"intensity": [0, 255]}},
+            "images and patients by split, images by class, grey values, sides and spacing",
+        ),
+        (
+            {
+                "statistics": {"intensity": [0, 1]},
+                "task": {"kind": "segmentation", "classes": ["background", "lesion"]},
+                "model": {"name": "unet"},
+            },
+            "images by class, pixels by class, grey values",
+        ),
+    ],
+)
+def test_what_is_counted_before_training_is_said_without_a_soft_word(
+    overrides: dict[str, Any], counted: str, made: Made, config: SiteConfig
+) -> None:
+    (line,) = [
+        line for line in describe(made(overrides), config) if "before the first round" in line
+    ]
+    assert counted in line
+    assert "the sum is exact, WITHOUT noise" in line
+    assert not [line for line in describe(made(), config) if "before the first round" in line]
+
+
 def test_a_key_that_differs_from_an_earlier_approval_is_marked(
     made: Made, config: SiteConfig
 ) -> None:

@@ -234,6 +234,7 @@ FOREIGN = {
     "num_sums": 10_000,
     "num_params": 7,
     "num_tail": 3,
+    "num_statistics": 5,
     "schema_digest": "f" * 64,
     "first_model": "f" * 64,
     "exponents": (-3,),

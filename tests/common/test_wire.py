@@ -287,7 +287,7 @@ def test_the_record_that_is_malformed_in_the_table_is_good_when_left_alone() -> 
 
 
 def test_a_refusal_names_the_field_and_not_its_content() -> None:
-    with pytest.raises(RemoteProtocolError, match=r"RoundTask\.purpose: not one of train"):
+    with pytest.raises(RemoteProtocolError, match=r"RoundTask\.purpose: not one of statistics"):
         wire.unpack(records(purpose="Kari-Nordmann"))
     with pytest.raises(RemoteProtocolError) as refused:
         wire.unpack(records(run=[1234567]))
