@@ -237,6 +237,7 @@ class Policy(Frozen):
     min_patients: Count = 1  # declared by this site
     allow_seeded_randomness: bool = False
     allow_no_privacy: bool = False
+    allow_statistics: bool = False  # exact counts of what the images are like, before training
     require_approval: bool = True
     """Whether a person here must have approved a study; without it, this table alone decides."""
     coordinator_key: Fingerprint | None = None  # a study of another coordinator is refused

@@ -57,7 +57,8 @@ def _statistics(study: Study) -> Iterator[str]:
         what += ", empty cells of each column"
     yield (
         f"leaving: once, before the first round, counts of what this site's images are like "
-        f"({what}), masked and summed like the updates; the sum is exact, WITHOUT noise"
+        f"({what}), masked and summed like the updates; the sum is exact, WITHOUT noise, and all "
+        "other sites together can compute this site's from it"
     )
 
 

@@ -50,6 +50,8 @@ def broken_rules(policy: Policy, study: Study, declared: int | None) -> Iterator
         yield f"{len(study.members)} members, min_sites is {policy.min_sites}"
     if declared is not None and declared < policy.min_patients:
         yield f"{declared} declared patients, min_patients is {policy.min_patients}"
+    if study.statistics is not None and not policy.allow_statistics:
+        yield "exact counts of what the images are like, allow_statistics is false"
     yield from _other_keys(policy, study)
     if isinstance(study.privacy, NoPrivacy):
         if not policy.allow_no_privacy:

@@ -66,7 +66,8 @@ MISSED_S = 5.0  # until another one, where one did not arrive
 REDIRECTS = range(300, 400)  # never followed: they would choose whom this machine calls
 MAX_OBJECTS = 4096  # of one message; 2 GiB are some 430 pieces of 5 MB
 MAX_MESSAGE_BYTES = 2 << 30  # as common.wire.MAX_ARRAY_BYTES: half a billion weights
-NOBODY_WAITS = 410
+CERTAIN = (400, 410, 413)  # nobody waits for this, or never will for its like
+MOST_REFUSED = 3
 LEASE_HELD = 412  # the coordinator still counts on this site's process of before
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.01, 0.5
 
@@ -328,6 +329,7 @@ class Unsent:
     """The reply that the connection broke under; the next connection sends it first."""
 
     reply: Message | None = None
+    num_refused: int = 0  # in a row, for a reason that nobody knows
 
     def send(self, connection: Connection, done: str = "") -> None:
         """Send what waits, if anything does; ``done`` is for the log."""
@@ -335,12 +337,15 @@ class Unsent:
             return
         try:
             connection.push(self.reply)
+            self.num_refused = 0
             if done:
                 log.info(done)
         except Withdrawn as error:
-            # Were somebody waiting all the same, the next connection would make them ask again.
+            # Were somebody waiting all the same, the next connection would make them ask again:
+            # a few times, since every answer takes the line's time.
             self.reply = None
-            if not error.is_certain:
+            self.num_refused += 1
+            if not error.is_certain and self.num_refused < MOST_REFUSED:
                 raise
             log.info("nobody waits any more for what this site answered")
         self.reply = None
@@ -381,7 +386,7 @@ def _as_disconnected() -> Iterator[None]:
         status = error.response.status_code
         if status in PASSING or status in REDIRECTS:
             raise Disconnected(_meaning(status)) from None
-        raise Withdrawn(_meaning(status), is_certain=status == NOBODY_WAITS) from None
+        raise Withdrawn(_meaning(status), is_certain=status in CERTAIN) from None
     except (httpx.NetworkError, httpx.TimeoutException, httpx.ProxyError) as error:
         text = one_line(str(error)) or type(error).__name__  # of this machine or its proxy
         raise Disconnected(f"cannot be reached ({text})") from None

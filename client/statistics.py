@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,11 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.clinical import count_empty
 from client.config import Data
 from client.contents import Contents, Intake
 from client.dataset import Sample, read_samples
 from client.readers.case import Split
 from client.splits import Deal, dealt_cases
+from common.errors import DataError
 from common.study import Classification, Detection, Study
 from common.tasks.boxes import NO_BOX
 from common.tasks.statistics import MILLIMETRES, PIXELS, SPLITS, StatisticsTask, class_of
@@ -61,18 +64,30 @@ def _note(sample: Sample, task: StatisticsTask, parts: dict[str, Counts]) -> Non
     parts["support"] += amount > 0
     if not isinstance(task.study.task, Classification):
         parts["amount"] += amount
-    empty = [not sample.case.columns.get(name, "").strip() for name in task.columns]
-    parts["empty"] += np.array(empty, np.int64)
+    if task.columns and task.study.table is not None:
+        empty = count_empty(sample.case.columns, task.study.table)
+        parts["empty"] += np.array([name in empty for name in task.columns], np.int64)
     if not task.study.input.size:
         return
     parts["grey"] += np.stack([task.grey_counts(channel) for channel in sample.pixels])
     _add_lengths(parts["side"], sample.pixels.shape[1:], PIXELS)
-    header = sample.case.look() if sample.case.look else None
-    spacing = task.study.input.spacing or (header.spacing if header else None)
+    spacing = _spacing(sample)
     if spacing is None or len(spacing) != len(parts["spacing"]):
         parts["no_spacing"] += 1
     else:
         _add_lengths(parts["spacing"], spacing, MILLIMETRES)
+
+
+def _spacing(sample: Sample) -> tuple[float, ...] | None:
+    """What the file says; None where that is nothing, or cannot be."""
+    try:
+        header = sample.case.look() if sample.case.look else None
+    except DataError:  # its pixels were read: nothing else is wrong with it
+        return None
+    if header is None or header.spacing is None:
+        return None
+    sound = all(math.isfinite(side) and side > 0 for side in header.spacing)
+    return header.spacing if sound else None
 
 
 def _add_lengths(axes: Counts, lengths: Sequence[float], which: tuple[float, float]) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from common.audit import AuditLog
 from common.errors import RoundAborted
@@ -198,14 +197,14 @@ def count_images(this: Coordinator, epoch: Epoch, state: State) -> tuple[Epoch, 
     # A sum that was recorded and not left behind is asked for again: sites stored their answers.
     if this.study.statistics is None or (counted and counted[0] < state.sum_number):
         return epoch, state
-    epoch, state, counts = evaluated(this, epoch, state, statistics_task)
-    figures = StatisticsTask(this.study).figures(counts)
+    epoch, state, total = evaluated(this, epoch, state, statistics_task)
+    figures = StatisticsTask(this.study).figures(total.counts)
     this.run_dir.save_statistics(figures)
     state = state.skip_sum()
     this.run_dir.save_state(state)
     this.run_dir.drop_pending()
     this.observer.counted(figures)
-    return epoch, state
+    return renew_if_members_changed(this, epoch, state, total)
 
 
 def check_progress(before: State, after: State, study: Study) -> None:
@@ -238,15 +237,15 @@ def renew_if_members_changed(
 def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     """Score the last model on validation and the returned one on test; write the results."""
     if not state.is_scored:
-        epoch, state, counts = evaluated(this, epoch, state, validation_task)
-        state = state.scored(this.task.figures(counts))
+        epoch, state, total = evaluated(this, epoch, state, validation_task)
+        state = state.scored(this.task.figures(total.counts))
         this.run_dir.save_state(state)
         this.run_dir.drop_pending()
     returned = best_round(state, this.study)
     model = returned_model(state, this.study, this.run_dir.model(returned, this.schema))
     make_task = partial(test_task, model=model, round_number=returned)
-    epoch, state, counts = evaluated(this, epoch, state, make_task)
-    final = this.task.figures(counts)
+    epoch, state, total = evaluated(this, epoch, state, make_task)
+    final = this.task.figures(total.counts)
     digest = this.run_dir.save_final(model, this.schema, this.frozen)
     rounds = this.run_dir.rounds()
     seconds = [line["seconds"] for line in rounds]
@@ -286,8 +285,8 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
 
 def evaluated(
     this: Coordinator, epoch: Epoch, state: State, make_task: Callable[[State, str], RoundTask]
-) -> tuple[Epoch, State, NDArray[np.int64]]:
-    """Counts that no training follows; a void sum is asked again under the next sum number."""
+) -> tuple[Epoch, State, Total]:
+    """A sum that no training is part of; a void sum is asked again under the next sum number."""
     started = time.perf_counter()
     while isinstance(total := sum_of(this, epoch, make_task(state, epoch.run.hex())), Void):
         state = state.skip_sum()
@@ -300,7 +299,7 @@ def evaluated(
         name = f"validation-{task.round_number:04d}"
     line = sum_line(total, time.perf_counter() - started)
     this.run_dir.save_evaluation(name, total.counts, line)
-    return epoch, state, total.counts
+    return epoch, state, total
 
 
 def sum_of(this: Coordinator, epoch: Epoch, task: RoundTask) -> Total | Void:
@@ -324,9 +323,10 @@ def sum_of(this: Coordinator, epoch: Epoch, task: RoundTask) -> Total | Void:
         this.observer.voided(total)
         if task.sum_number + 1 >= epoch.manifest.num_sums:
             needed = max(needed, epoch.manifest.threshold)
+            seed = ", with another seed: images are counted once" if this.study.statistics else ""
             raise RoundAborted(
                 f"sum {task.sum_number}: {len(total.survivors)} sites answered, {needed} are "
-                "needed, and no spare sum is left; bring the sites back and start a new run"
+                f"needed, and no spare sum is left; bring the sites back and start a new run{seed}"
             )
     return total
 

@@ -134,6 +134,8 @@ def statistics_lines(figures: Figures) -> Iterator[str]:
     if suggested := figures.get("suggested"):
         chosen = ", ".join(f"{key} = {json.dumps(value)}" for key, value in suggested.items())
         yield f"  [input] of a study could say: {chosen}"
+    if figures["images"]["train"] and "mean" not in figures.get("suggested", {"mean": 0}):
+        yield "  no window: grey values lie outside the bins, or in few; see statistics.intensity"
     for column, num in figures.get("empty_cells", {}).items():
         yield f"  empty cells of {column!r}: {num}"
 

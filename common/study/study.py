@@ -140,6 +140,9 @@ class Study(Frozen):
         if self.input.size and self.statistics.intensity is None:
             text = "[low, high] of the files' grey values: [0, 255] of 8 bits, [-1024, 3071] of CT"
             yield "statistics.intensity", text
+        if self.input.spacing is not None:
+            text = "statistics are of the files as they are; leave it out to see their own spacing"
+            yield "input.spacing", text
         if not self.input.size and self.statistics.intensity is not None:
             yield "statistics.intensity", "there are no images; leave it out"
 

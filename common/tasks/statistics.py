@@ -24,6 +24,7 @@ PIXELS: Final = (1.0, 2.0**14)  # of a side
 PERCENTILES: Final = (0.5, 5, 25, 50, 75, 95, 99.5)
 DARKEST, BRIGHTEST = 0.5, 99.5  # percentiles between which a window may lie
 DIGITS: Final = 3  # of a suggestion
+FEWEST_BINS: Final = 4  # that a window covers
 
 Counts = NDArray[np.int64]
 
@@ -44,7 +45,9 @@ class StatisticsTask:
             raise ValueError(f"study {study.name} asks for no statistics")
         self.study = study
         self.config = study.statistics
-        self.columns = [column.name for column in study.table.columns] if study.table else []
+        # Where an empty cell is refused, there is none to count.
+        may_be_empty = study.table is not None and study.table.missing == "indicator"
+        self.columns = [c.name for c in study.table.columns] if study.table and may_be_empty else []
         num_classes, num_axes = len(study.task.classes), len(study.input.size)
         self._shapes: dict[str, tuple[int, ...]] = {
             "images": (len(SPLITS),),
@@ -127,21 +130,30 @@ class StatisticsTask:
         }
 
     def _suggested(self, counts: Counts, spacing: list[Figures]) -> Figures:
-        """What ``[input]`` of a study could say, from the grey values of all channels."""
+        """What ``[input]`` of a study could say, from the grey values of all channels.
+
+        Without a window where more than half a per cent of them lies outside the bins, or where
+        it would be hardly wider than a bin: then nobody knows enough to choose one.
+        """
         assert self.config.intensity is not None  # noqa: S101 - the study was checked
         found: Figures = {}
         edges = np.linspace(*self.config.intensity, self.config.num_bins + 1)
         low, high = (_percentile(counts, edges, p) for p in (DARKEST, BRIGHTEST))
-        if low is not None and high is not None and low < high:
+        is_raw = self.study.input.intensity != "file-window"
+        if low is not None and high is not None and high - low >= FEWEST_BINS * np.diff(edges)[0]:
+            step = 10.0 ** math.floor(math.log10((high - low) / 100))  # outwards, to 1 % at most
+            low, high = step * math.floor(low / step), step * math.ceil(high / step)
             middles = (edges[1:] + edges[:-1]) / 2
             # Few values lie outside the bins: they count with the outermost ones.
             inside = counts[1:-1].copy()
             inside[0] += counts[0]
             inside[-1] += counts[-1]
-            mean, std = _moments(inside, np.clip((middles - low) / (high - low), 0, 1))
-            window = [_rounded(low), _rounded(high)]
-            found |= {"intensity": "window", "window": window, "mean": mean, "std": std}
-            found |= {key: _rounded(found[key]) for key in ("mean", "std") if found[key]}
+            scaled = np.clip((middles - low) / (high - low), 0, 1) if is_raw else middles
+            mean, std = _moments(inside, scaled)
+            if is_raw:
+                found |= {"intensity": "window", "window": [float(f"{v:.9g}") for v in (low, high)]}
+            if mean is not None and std:
+                found |= {"mean": _rounded(mean), "std": _rounded(std)}
         middle = [axis["50"] for axis in spacing]
         if middle and None not in middle:
             found["spacing"] = [_rounded(side) for side in middle]

@@ -2,11 +2,11 @@
 
 A question can be lost in three ways. The process that took it was killed: then its site connects
 anew, and is asked again. The SuperLink was killed: then every question went with it. The site is
-away: then Flower says so, and it is asked when it is back. A site that is connected and silent is
-training, and is left alone; where there is nothing to train, something went wrong that nobody knows
-of, and it is asked again after a while. Sites answer a question twice with the same stored bytes,
-so it does no harm to ask once too often; it only takes their link's time, which is why it is not
-done sooner.
+away: then Flower says so, and it is asked when it is back. A site that is connected and silent
+works on its images, and is left alone; where a question needs none, something went wrong that
+nobody knows of, and it is asked again after a while. Sites answer a question twice with the same
+stored bytes, so it does no harm to ask once too often; it only takes their link's time, which is
+why it is not done sooner.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from server.superlink.grid import CAME_TO_NOTHING, Connected, CoordinatorGrid
 
 LOOK_S = 2.0  # between two looks at who is connected
 AGAIN_S = 30.0  # until a site whose question came to nothing is asked again
-PATIENCE_S = 60.0  # until one that need not train is; then twice as long, and so on
+PATIENCE_S = 60.0  # until one that needs no image for it is; then twice as long, and so on
 AWAY_S = 5.0  # until it is said that a site is away: it connects within seconds after a hiccup
 
 log = logging.getLogger("consilium.coordinator")

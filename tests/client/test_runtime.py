@@ -704,6 +704,27 @@ def test_an_answer_refused_for_an_unknown_reason_is_dropped_with_its_connection(
     assert "connected again" in caplog.text
 
 
+def test_what_is_refused_again_and_again_keeps_its_line_in_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Each answer may be hundreds of megabytes: it is not sent for ever."""
+    caplog.set_level(logging.INFO, "consilium.site")
+
+    class Refusing:
+        def push(self, _: Message) -> None:
+            raise client.runtime.Withdrawn("HTTP status 500")
+
+    unsent = client.runtime.Unsent()
+    for _ in range(2):
+        unsent.reply = answered()
+        with pytest.raises(Disconnected):
+            unsent.send(Refusing())  # type: ignore[arg-type]
+    unsent.reply = answered()
+    unsent.send(Refusing())  # type: ignore[arg-type]
+    assert unsent.reply is None
+    assert "nobody waits any more" in caplog.text
+
+
 @pytest.mark.usefixtures("quick")
 def test_a_question_that_vanishes_while_it_is_fetched_ends_the_connection(
     coordinator: Coordinator, place: Place

@@ -188,7 +188,12 @@ def found(
                 "key": "key.pem",
             },
             "data": {**data, "site_index": index} if data["format"] == "phantom" else data,
-            "policy": policy or {"allow_seeded_randomness": True, "allow_no_privacy": True},
+            "policy": policy
+            or {
+                "allow_seeded_randomness": True,
+                "allow_no_privacy": True,
+                "allow_statistics": True,
+            },
         }
         (home / "site.toml").write_text(tomli_w.dumps(site))
         if name in (approve if approve is not None else names):
