@@ -35,9 +35,12 @@ def _lines(study: Study, config: SiteConfig, earlier: Iterable[Approval]) -> Ite
     yield from _statistics(study)
     yield from _keys(study, config.name, earlier)
     yield from _sums(study)
-    yield from _training(study)
-    yield from _between_rounds(study)
-    yield from _leaving(config.data.declared_patients)
+    if study.num_rounds:
+        yield from _training(study)
+        yield from _between_rounds(study)
+    else:
+        yield "training: none; this study asks for counts alone"
+    yield from _leaving(study, config.data.declared_patients)
     yield from _privacy(study, config.data.declared_patients)
     broken = list(broken_rules(config.policy, study, config.data.declared_patients))
     yield from (f"NOT PERMITTED by [policy]: {rule}" for rule in broken)
@@ -139,7 +142,16 @@ def _between_rounds(study: Study) -> Iterator[str]:
         yield "staying: layers that normalise are trained here for this site alone (FedBN)"
 
 
-def _leaving(declared: int | None) -> Iterator[str]:
+def _leaving(study: Study, declared: int | None) -> Iterator[str]:
+    if study.num_rounds:
+        yield from _leaving_in_rounds()
+    yield (
+        f"leaving: the declared number of patients ({declared or 'not set'}); it is this site's "
+        "weight in the mean, and becomes known"
+    )
+
+
+def _leaving_in_rounds() -> Iterator[str]:
     yield (
         "leaving: masked updates, of which the coordinator learns the sum alone, and signed "
         "statements about privacy"
@@ -148,10 +160,6 @@ def _leaving(declared: int | None) -> Iterator[str]:
         "leaving: counts of right and wrong answers on this site's validation and test images, "
         "masked and summed like the updates; the sum is exact, WITHOUT noise: differential "
         "privacy covers the patients that are trained on, not these"
-    )
-    yield (
-        f"leaving: the declared number of patients ({declared or 'not set'}); it is this site's "
-        "weight in the mean, and becomes known"
     )
 
 

@@ -136,10 +136,13 @@ def take_part(task: RoundTask, session: Session, site: Site) -> Upload:
     if not first <= task.round_number <= site.study.num_rounds:
         text = f"round {task.round_number} is not one of the study's"
         raise RemoteProtocolError(text, rule="R4")
-    if task.purpose == Purpose.TRAIN:
-        return contribute(task, session, site)
     if task.purpose == Purpose.STATISTICS:
         return count(task, session, site)
+    if not site.study.num_rounds:
+        text = f"the purpose {task.purpose}, and the study asks for nothing but statistics"
+        raise RemoteProtocolError(text, rule="R4")
+    if task.purpose == Purpose.TRAIN:
+        return contribute(task, session, site)
     return score(task, session, site)
 
 

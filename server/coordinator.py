@@ -160,6 +160,8 @@ def run(
     state = state.for_ring(epoch.manifest.ring)
     observer.started(study, state.round_number, epoch.manifest.names)
     epoch, state = count_images(this, epoch, state)
+    if not study.num_rounds:
+        return summarised(this, state, returned=0, final=None, digest="")
     while not finished(state, study):
         started = time.perf_counter()
         total = sum_of(this, epoch, training_task(state, epoch.run.hex()))
@@ -247,6 +249,21 @@ def conclude(this: Coordinator, epoch: Epoch, state: State) -> Summary:
     epoch, state, total = evaluated(this, epoch, state, make_task)
     final = this.task.figures(total.counts)
     digest = this.run_dir.save_final(model, this.schema, this.frozen)
+    return summarised(this, state, returned=returned, final=final, digest=digest)
+
+
+def summarised(
+    this: Coordinator, state: State, *, returned: int, final: Figures | None, digest: str
+) -> Summary:
+    """Write what the run came to; it is finished then.
+
+    Args:
+      this: Of the run.
+      state: After the last sum.
+      returned: The round whose model is returned.
+      final: Its figures on test; None where nothing was trained.
+      digest: Of its file; empty where there is none.
+    """
     rounds = this.run_dir.rounds()
     seconds = [line["seconds"] for line in rounds]
     sums = [*rounds, *this.run_dir.evaluations()]

@@ -39,6 +39,9 @@ def plan_lines(study: Study) -> Iterator[str]:
         if training.local_steps
         else f"{training.local_epochs} epoch(s)"
     )
+    if not study.num_rounds:
+        yield "rounds: none; nothing is trained and no model is scored"
+        return
     yield (
         f"rounds: {study.num_rounds}, each {length} of {training.optimizer} in batches of "
         f"{training.batch_size}"

@@ -223,12 +223,12 @@ def _table(states: Mapping[str, str]) -> Table:
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
     """The result of a run in a few lines."""
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    figures = summary["metrics"]["final"]
-    if not figures["num_examples"]:
-        console.print("no site has a test image: set data.splits.test, or add a test split")
-    console.print(
-        f"test ({figures['num_examples']} images, model of round "
-        f"{summary['returned_round']}): {figures_line(figures)}"
-    )
-    console.print(f"final_model_sha256 {summary['final_model_sha256']}")
+    if figures := summary["metrics"]["final"]:
+        if not figures["num_examples"]:
+            console.print("no site has a test image: set data.splits.test, or add a test split")
+        console.print(
+            f"test ({figures['num_examples']} images, model of round "
+            f"{summary['returned_round']}): {figures_line(figures)}"
+        )
+        console.print(f"final_model_sha256 {summary['final_model_sha256']}")
     console.print(f"{summary['wall_s']['total']:.1f} s; run folder {folder}")

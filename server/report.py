@@ -29,7 +29,7 @@ from common.simulation import STUDY
 from server.global_model import averaged_model, moving_average
 from server.reporting.boxed import draw_boxed
 from server.reporting.facts import facts_of
-from server.reporting.figures import draw_pictures
+from server.reporting.figures import draw_pictures, draw_statistics
 from server.reporting.overlays import draw_overlays
 from server.reporting.page import render
 from server.reporting.phantoms import draw_phantoms
@@ -41,10 +41,8 @@ from server.run_dir import AUDIT, EVALUATIONS, FINAL, ROUNDS, STATISTICS, SUMMAR
 from server.transcript import TRANSCRIPT
 
 HTML, JSON = "report.html", "report.json"
-REQUIRED: Final = (
-    *(STUDY, SUMMARY, ROUNDS, EVALUATIONS, FINAL, TRANSCRIPT, AUDIT),
-    "counts/test.npy",
-)
+REQUIRED: Final = (STUDY, SUMMARY, EVALUATIONS, TRANSCRIPT, AUDIT)
+OF_ROUNDS: Final = (ROUNDS, FINAL, "counts/test.npy")  # of a run that trained
 
 
 def write_report(folder: Path) -> Path:
@@ -69,11 +67,14 @@ def write_report(folder: Path) -> Path:
     check_files(folder, {name: sha for name, sha in digests.items() if "models/" not in name})
     record = read_record(run_dir, digests)
     check_record(record)
-    phantoms, overlays = draw_phantoms(record), draw_overlays(record) + draw_boxed(record)
     facts = facts_of(record)
-    facts["worth"] = worth_of(record)
-    facts["examples"] = [phantom.facts for phantom in phantoms] + [kept.facts for kept in overlays]
-    pictures = draw_pictures(facts, record.study, run_dir.counts("test"), phantoms)
+    if record.study.num_rounds:
+        phantoms, overlays = draw_phantoms(record), draw_overlays(record) + draw_boxed(record)
+        facts["worth"] = worth_of(record)
+        facts["examples"] = [*(one.facts for one in phantoms), *(one.facts for one in overlays)]
+        pictures = draw_pictures(facts, record.study, run_dir.counts("test"), phantoms)
+    else:
+        overlays, pictures = [], {**draw_statistics(facts), "seconds": []}
     page = render(facts, record.study, pictures, overlays)
     (folder / JSON).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     (folder / HTML).write_text(page, encoding="utf-8")
@@ -136,7 +137,8 @@ def digests_of(run_dir: RunDir) -> dict[str, str]:
         raise ConfigError(f"{folder}: the run is not finished ({done}); finish it with --resume")
     digests = read_sums(folder)
     manifests = [f"epoch-{number}.json" for number in run_dir.epochs()]
-    for name in (*REQUIRED, *(manifests or ["epoch-1.json"])):
+    of_rounds = OF_ROUNDS if run_dir.study().num_rounds else ()
+    for name in (*REQUIRED, *of_rounds, *(manifests or ["epoch-1.json"])):
         if name not in digests:
             raise FederationError(f"{name} is not listed in {SUMS}; a finished run lists it")
     return digests
@@ -148,6 +150,23 @@ def check_record(record: Record) -> None:
     Raises:
       FederationError: A recorded value is not what the other files give; the message names both.
     """
+    check_statistics(record)
+    if record.study.num_rounds:
+        check_model(record)
+    for what, file, computed, recorded in _recorded_twice(record):
+        if not _same(computed, recorded):
+            raise FederationError(
+                f"{SUMMARY}: {what} is {str(recorded)[:80]}, {file} gives {str(computed)[:80]}; "
+                "the files are not of one run, or another version of this program wrote them"
+            )
+
+
+def check_model(record: Record) -> None:
+    """Hold the returned model against those of the rounds.
+
+    Raises:
+      FederationError: It is not what they give.
+    """
     final = record.run_dir.final_model()
     for name, tensor in _returned_model(record).items():
         if name not in final or not np.array_equal(tensor, final[name]):
@@ -158,13 +177,6 @@ def check_record(record: Record) -> None:
     for name, tensor in build_network(record.study).kept().items():
         if name not in final or not np.array_equal(tensor, final[name]):
             raise FederationError(f"{FINAL}: {name} is not what this study freezes it at")
-    check_statistics(record)
-    for what, file, computed, recorded in _recorded_twice(record):
-        if not _same(computed, recorded):
-            raise FederationError(
-                f"{SUMMARY}: {what} is {str(recorded)[:80]}, {file} gives {str(computed)[:80]}; "
-                "the files are not of one run, or another version of this program wrote them"
-            )
 
 
 def check_statistics(record: Record) -> None:
@@ -252,11 +264,12 @@ def _recorded_twice(record: Record) -> Iterator[tuple[str, str, Any, Any]]:
     yield "wall_s.total", EVALUATIONS, sum(seconds), summary["wall_s"]["total"]
     sent = {site: sum(line["bytes_up"].get(site, 0) for line in sums) for site in summary["sites"]}
     yield "bytes_up_per_site", EVALUATIONS, sent, summary["bytes_up_per_site"]
-    yield "final_model_sha256", FINAL, record.digests[FINAL], summary["final_model_sha256"]
+    final = record.digests.get(FINAL, "")
+    yield "final_model_sha256", FINAL, final, summary["final_model_sha256"]
     tensors = record.run_dir.tensors(summary["returned_round"])
     num_params = sum(tensor.size for name, tensor in tensors.items() if is_parameter(name))
     yield "num_params", "models/", num_params, summary["num_params"]
-    scored = {"test": summary["metrics"]["final"]}
+    scored = {"test": summary["metrics"]["final"]} if record.study.num_rounds else {}
     for number, figures in enumerate(by_round, start=1):
         scored[f"validation-{number:04d}"] = figures
     for counts, figures in scored.items():

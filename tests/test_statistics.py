@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from common.study import Study
 from common.tasks.statistics import MILLIMETRES, PIXELS, StatisticsTask, class_of
 from server import coordinator
 from server.network import LoopbackNetwork
-from server.progress import statistics_lines
+from server.progress import print_summary, statistics_lines
 from server.report import verify, write_report
-from server.run_dir import STATISTICS, RunDir
+from server.run_dir import FINAL, STATISTICS, RunDir
 from server.state import State, statistics_task
 
 ASKED = {"statistics": {"intensity": [0, 255], "num_bins": 128}}
@@ -97,6 +98,53 @@ def test_the_coordinator_sees_one_sum_and_it_comes_first(finished: Path) -> None
     (line,) = [one for one in run_dir.evaluations() if one["counts"] == STATISTICS]
     assert (line["sum"], line["survivors"]) == (0, [f"site-{k}" for k in (1, 2, 3, 4)])
     assert [one["sum"] for one in run_dir.rounds()] == [1, 2, 3]
+
+
+# A study that only counts
+
+COUNTS = {**ASKED, "num_rounds": 0}
+
+
+def test_a_study_without_rounds_counts_and_leaves_no_model(tmp_path: Path) -> None:
+    watcher = Watcher()
+    summary = federate(tiny_study(**COUNTS), tmp_path / "run", watcher=watcher)
+    run_dir = RunDir(tmp_path / "run")
+    assert (summary["num_rounds"], summary["metrics"]["final"]) == (0, None)
+    assert watcher.lines == []
+    assert len(watcher.uploads) == 4
+    assert not (run_dir.path / FINAL).exists()
+    text = re.sub(r"\s+", " ", write_report(run_dir.path).read_text())
+    assert "Nothing was trained. The sites counted what their images are like" in text
+    assert "Results on the test" not in text
+    assert "Rounds taken part" not in text
+    verified = verify(run_dir.path)
+    assert verified.num_statements == 0
+    print_summary(summary, run_dir.path)
+
+
+@pytest.mark.parametrize("purpose", [Purpose.TRAIN, Purpose.VALIDATE, Purpose.TEST])
+def test_its_sites_answer_nothing_else(
+    purpose: Purpose, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(state: State, run: str) -> RoundTask:
+        number = int(purpose == Purpose.TRAIN)
+        task = statistics_task(state, run)
+        return dataclasses.replace(task, purpose=purpose, round_number=number)
+
+    monkeypatch.setattr(coordinator, "statistics_task", other)
+    sites = open_sites(tiny_study(**COUNTS), tmp_path)
+    network = LoopbackNetwork(answers_of(sites))
+    with pytest.raises(RemoteProtocolError, match=r"not one of|nothing but statistics"):
+        federate(tiny_study(**COUNTS), tmp_path / "run", network=network, sites_in=tmp_path)
+    assert all(site.ledger.charges() == [] for site in sites.values())
+
+
+def test_a_study_without_rounds_and_without_a_question_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"num_rounds: 0 rounds ask for nothing but \[statistics"):
+        tiny_study(num_rounds=0)
+
+
+# Order, and how often
 
 
 def test_images_are_counted_after_the_debit(tmp_path: Path) -> None:

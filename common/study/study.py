@@ -71,7 +71,8 @@ class Study(Frozen):
 
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
-    num_rounds: Annotated[int, Field(ge=1, le=100_000)]
+    num_rounds: Annotated[int, Field(ge=0, le=100_000)]
+    """0 only counts what the images are like: nothing is trained, and no model is scored."""
     torch_threads: Annotated[int, Field(ge=1, le=256)] = 1
     task: Task
     model: Model
@@ -133,6 +134,8 @@ class Study(Frozen):
     def _statistics_conflicts(self) -> Iterator[tuple[str, str]]:
         """Statistics are exact: noise on them is not planned for, so private studies have none."""
         if self.statistics is None:
+            if not self.num_rounds:
+                yield "num_rounds", "0 rounds ask for nothing but [statistics], and there are none"
             return
         if isinstance(self.privacy, DifferentialPrivacy):
             text = "exact sums, which the noise of [privacy] does not cover; leave [statistics] out"

@@ -22,6 +22,10 @@ COUNTS_WITHOUT_NOISE = "Counts of held-out images were added up over the sites w
 STATISTICS_WITHOUT_NOISE = (
     "Counts of what the training images are like were added up over the sites without noise."
 )
+COUNTS_ALONE = (
+    "No differential privacy: nothing in this run bounds what the sums of counts may reveal about "
+    "a single patient. Nothing was trained."
+)
 MASKS: Final = {  # by the version of the manifests
     1: "Every update, weight and count left its site under masks; the coordinator could remove "
     "them from the sum over all survivors alone (MaskedSum v1; no formal proof exists yet).",
@@ -35,6 +39,8 @@ def privacy_lines(study: Study, summary: dict[str, Any]) -> list[str]:
         case NoPrivacy():
             if summary["privacy"]:
                 raise FederationError(f"{SUMMARY} lists epsilons, {STUDY} asks for no privacy")
+            if not study.num_rounds:
+                return [COUNTS_ALONE, STATISTICS_WITHOUT_NOISE]
             bounds_nothing = (
                 "No differential privacy: nothing in this run bounds what the model, or an update "
                 "that was sent to make it, may reveal about a single training patient."
@@ -76,9 +82,6 @@ def _private_lines(terms: DifferentialPrivacy, by_site: dict[str, Any]) -> list[
 def facts_of(record: Record) -> Facts:
     """Everything the report says, ready for JSON."""
     study, summary, rounds = record.study, record.summary, record.rounds
-    test = summary["metrics"]["final"]
-    classes = figures_by_class(study, record.run_dir.counts("test"))
-    support, least = _support(study, classes, test["num_examples"])
     return {
         "study": summary["study"],
         "run": {"digest": record.manifest.digest(), "code": record.manifest.code},
@@ -93,9 +96,7 @@ def facts_of(record: Record) -> Facts:
         "num_params": summary["num_params"],
         "num_rounds": summary["num_rounds"],
         "returned_round": summary["returned_round"],
-        "test": test | {"by_class": classes, "support": support},
-        "test_sites": next(e["survivors"] for e in record.evaluations if e["counts"] == "test"),
-        "weak_support": {name: images for name, images in support.items() if images < least},
+        **(_tested(record) if study.num_rounds else {"test": None}),
         "validation_by_round": summary["metrics"]["by_round"],
         "sites": [
             {
@@ -114,6 +115,18 @@ def facts_of(record: Record) -> Facts:
             "sums_sha256": hashlib.sha256((record.run_dir.path / SUMS).read_bytes()).hexdigest(),
             "sha256": record.digests,
         },
+    }
+
+
+def _tested(record: Record) -> Facts:
+    """The returned model on the test images."""
+    study, test = record.study, record.summary["metrics"]["final"]
+    classes = figures_by_class(study, record.run_dir.counts("test"))
+    support, least = _support(study, classes, test["num_examples"])
+    return {
+        "test": test | {"by_class": classes, "support": support},
+        "test_sites": next(e["survivors"] for e in record.evaluations if e["counts"] == "test"),
+        "weak_support": {name: images for name, images in support.items() if images < least},
     }
 
 
@@ -147,7 +160,7 @@ def _seconds(rounds: list[dict[str, Any]], evaluations: list[dict[str, Any]]) ->
     """Seconds per round by phase; ``other`` is what no phase of ``rounds.jsonl`` covers."""
     by_phase = {
         phase: [line["seconds"][phase] for line in rounds]
-        for phase in rounds[0]["seconds"]
+        for phase in (rounds[0]["seconds"] if rounds else ())
         if phase != "total"
     }
     whole = [line["seconds"]["total"] for line in rounds]
@@ -161,10 +174,10 @@ def _seconds(rounds: list[dict[str, Any]], evaluations: list[dict[str, Any]]) ->
     ]
     return {
         "phases": {
-            phase: {"total": sum(spent), "median": median(spent), "by_round": spent}
+            phase: {"total": sum(spent), "median": median(spent or [0.0]), "by_round": spent}
             for phase, spent in by_phase.items()
         },
-        "rounds": {"total": sum(whole), "median": median(whole)},
+        "rounds": {"total": sum(whole), "median": median(whole or [0.0])},
         "statistics": beside[STATISTICS],
         "evaluations": beside["scored"],
         "total": sum(whole) + sum(beside.values()),

@@ -50,18 +50,23 @@ def draw_pictures(
     spent = {phase: known["by_round"] for phase, known in facts["seconds"]["phases"].items()}
     with mpl.rc_context(STYLE):
         return {
+            **draw_statistics(facts),
             "rounds": [
                 _panel(name, [figures[name] for figures in by_round], returned)
                 for name in study.task.figures
-            ],
-            "grey": [
-                _histogram(channel) for channel in (facts["statistics"] or {}).get("grey", [])
             ],
             "seconds": [_bars(spent)] if len(by_round) <= MOST_BARS else [],
             "examples": [_film(example.phantom) for example in examples],
             **_classifications(facts, study, counts),
             **_detections(facts, study, counts),
         }
+
+
+def draw_statistics(facts: Facts) -> dict[str, list[Svg]]:
+    """Grey values of the training images, where the study asks for them; a picture per channel."""
+    with mpl.rc_context(STYLE):
+        channels = (facts["statistics"] or {}).get("grey", [])
+        return {"grey": [_histogram(channel) for channel in channels]}
 
 
 def _classifications(facts: Facts, study: Study, counts: NDArray[np.int64]) -> dict[str, list[Svg]]:

@@ -44,7 +44,7 @@ def render(
             facts=facts,
             study=study,
             studied=studied(study, facts["num_params"], facts["num_rounds"]),
-            explained=explained(study, facts["test"]),
+            explained=explained(study, facts["test"]) if facts["test"] else [],
             study_toml=tomli_w.dumps(settings),
             pictures=drawn,
             overlays=overlays,

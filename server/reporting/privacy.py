@@ -136,6 +136,8 @@ def _received(record: Record) -> list[dict[str, Any]]:
 
 def _files(folder: Path, stated: Iterable[str], texts: Texts) -> dict[str, Path]:
     named = {"study": STUDY, "summary": SUMMARY, "rounds": ROUNDS, "messages": TRANSCRIPT}
+    if not (folder / ROUNDS).exists():  # nothing was trained
+        del named["rounds"]
     files = {texts(f"files.{what}"): folder / name for what, name in named.items()}
     for site in stated:
         files[texts("files.statements", name=site)] = folder / PRIVACY / f"{site}.json"

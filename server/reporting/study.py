@@ -77,6 +77,8 @@ def studied(study: Study, num_params: int, num_rounds: int) -> list[Row]:
       num_params: Parameters that the sites trained.
       num_rounds: Rounds that the run took.
     """
+    if not study.num_rounds:
+        return [*_images(study.input), *_columns(study.table), Row("Rounds", "None: no training")]
     return [
         Row("Model", _model(study.model, num_params)),
         *_frozen(study.model),

@@ -96,6 +96,16 @@ def test_what_is_counted_before_training_is_said_without_a_soft_word(
     assert not [line for line in describe(made(), config) if "before the first round" in line]
 
 
+def test_a_study_that_only_counts_says_that_it_does_not_train(
+    made: Made, config: SiteConfig
+) -> None:
+    counts = {"statistics": {"intensity": [0, 255]}, "num_rounds": 0}
+    lines = list(describe(made(counts), config))
+    assert "training: none; this study asks for counts alone" in lines
+    assert not any("masked updates" in line for line in lines)
+    assert any("declared number of patients (50)" in line for line in lines)
+
+
 def test_a_key_that_differs_from_an_earlier_approval_is_marked(
     made: Made, config: SiteConfig
 ) -> None:
