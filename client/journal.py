@@ -67,7 +67,7 @@ class SumMemory(Memory):
 
     sum_number: int
     task: bytes
-    model_digest: str
+    model_digest: str  # or the study's, where the sum is of its images
     purpose: str
     round_number: int
     header: bytes
@@ -188,7 +188,7 @@ class Journal:
         return int(self._database.execute("SELECT count(DISTINCT run) FROM manifest").fetchone()[0])
 
     def has_released(self, model_digest: str, what: str) -> bool:
-        """Whether any study of this site helped to sum this over this model."""
+        """Whether any study of this site helped to sum this over this model, or of this study."""
         query = "SELECT 1 FROM hospital.released WHERE model = ? AND what = ?"
         return self._database.execute(query, (model_digest, what)).fetchone() is not None
 

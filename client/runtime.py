@@ -343,9 +343,9 @@ class Unsent:
         except Withdrawn as error:
             # Were somebody waiting all the same, the next connection would make them ask again:
             # a few times, since every answer takes the line's time.
-            self.reply = None
-            self.num_refused += 1
+            self.num_refused += not error.is_certain
             if not error.is_certain and self.num_refused < MOST_REFUSED:
+                self.reply = None
                 raise
             log.info("nobody waits any more for what this site answered")
         self.reply = None

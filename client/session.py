@@ -63,6 +63,16 @@ def releases(purpose: Purpose | str, round_number: int) -> dict[str, int]:
             return {"test": 0}
 
 
+def subject_of(task: RoundTask, manifest: Manifest) -> tuple[str, str]:
+    """What a task's sum is of, in a word and as a digest: a site gives each sum of one once.
+
+    Statistics do not depend on the model that a task brings.
+    """
+    if task.purpose == Purpose.STATISTICS:
+        return "study", manifest.study
+    return "model", task.model_digest
+
+
 class Session:
     """One site in the epoch that its journal holds."""
 
@@ -136,7 +146,7 @@ class Session:
         said = SumMemory(
             sum_number=number,
             task=about,
-            model_digest=task.model_digest,
+            model_digest=subject_of(task, self.manifest)[1],
             purpose=task.purpose.value,
             round_number=task.round_number,
             header=protected.header.encode(),
@@ -203,10 +213,11 @@ class Session:
             raise RemoteProtocolError(text, rule="R5")
         if number < after:
             raise RemoteProtocolError(f"sum {number}: sum {after} was answered since", rule="R4")
+        kind, subject = subject_of(task, self.manifest)
         for what, of_round in releases(task.purpose, task.round_number).items():
-            if self.journal.has_released(task.model_digest, what):
+            if self.journal.has_released(subject, what):
                 raise RemoteProtocolError(
-                    f"this site has helped to sum the {what} of this model before; another sum "
+                    f"this site has helped to sum the {what} of this {kind} before; another sum "
                     "over other sites would show the difference",
                     rule="R4",
                 )

@@ -187,7 +187,7 @@ def test_a_site_counts_nothing_that_its_study_does_not_ask_for(
 def test_a_site_counts_once_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second sum, over other sites, would show the difference."""
     monkeypatch.setattr(coordinator, "training_task", statistics_task)
-    with pytest.raises(RemoteProtocolError, match="statistics of this model before") as refused:
+    with pytest.raises(RemoteProtocolError, match="statistics of this study before") as refused:
         federate(tiny_study(**ASKED), tmp_path / "run")
     assert refused.value.rule == "R4"
 
@@ -205,7 +205,7 @@ def test_another_model_does_not_make_a_site_count_again(
         return statistics_task(dataclasses.replace(state, model=state.model + 1), run)
 
     monkeypatch.setattr(coordinator, "statistics_task", changed)
-    with pytest.raises(RemoteProtocolError, match="asked with the study's first model") as refused:
+    with pytest.raises(RemoteProtocolError, match="statistics of this study before") as refused:
         federate(study, tmp_path / "two", network=network, sites_in=tmp_path)
     assert refused.value.rule == "R4"
 

@@ -49,6 +49,9 @@ class StatisticsTask:
         may_be_empty = study.table is not None and study.table.missing == "indicator"
         self.columns = [c.name for c in study.table.columns] if study.table and may_be_empty else []
         num_classes, num_axes = len(study.task.classes), len(study.input.size)
+        low, high = self.config.intensity or (0.0, 1.0)  # without images no value is counted
+        self._edges = np.linspace(low, high, self.config.num_bins + 1)
+        self._middles = (self._edges[1:] + self._edges[:-1]) / 2
         self._shapes: dict[str, tuple[int, ...]] = {
             "images": (len(SPLITS),),
             "patients": (len(SPLITS),),
@@ -72,8 +75,7 @@ class StatisticsTask:
 
     def grey_counts(self, values: NDArray[Any]) -> Counts:
         """Grey values of one channel, of any shape, as counts of shape (num_bins + 2,)."""
-        assert self.config.intensity is not None  # noqa: S101 - the study was checked
-        low, high = self.config.intensity
+        low, high = self._edges[[0, -1]].tolist()
         inside, _ = np.histogram(values, self.config.num_bins, (low, high))
         below, above = np.count_nonzero(values < low), np.count_nonzero(values > high)
         return np.concatenate([[below], inside, [above]]).astype(np.int64)
@@ -115,18 +117,16 @@ class StatisticsTask:
 
     def _grey(self, counts: Counts) -> Figures:
         """Of one channel: how much lies outside, percentiles of all, mean and deviation inside."""
-        assert self.config.intensity is not None  # noqa: S101 - the study was checked
-        edges = np.linspace(*self.config.intensity, self.config.num_bins + 1)
         total = int(counts.sum())
-        mean, std = _moments(counts[1:-1], (edges[1:] + edges[:-1]) / 2)
+        mean, std = _moments(counts[1:-1], self._middles)
         return {
-            "range": list(self.config.intensity),
+            "range": self._edges[[0, -1]].tolist(),
             "counts": counts[1:-1].tolist(),  # by bin, from the lowest value to the highest
             "below": ratio(int(counts[0]), total),
             "above": ratio(int(counts[-1]), total),
             "mean": mean,
             "std": std,
-            "percentiles": {f"{p:g}": _percentile(counts, edges, p) for p in PERCENTILES},
+            "percentiles": {f"{p:g}": _percentile(counts, self._edges, p) for p in PERCENTILES},
         }
 
     def _suggested(self, counts: Counts, spacing: list[Figures]) -> Figures:
@@ -135,23 +135,22 @@ class StatisticsTask:
         Without a window where more than half a per cent of them lies outside the bins, or where
         it would be hardly wider than a bin: then nobody knows enough to choose one.
         """
-        assert self.config.intensity is not None  # noqa: S101 - the study was checked
         found: Figures = {}
-        edges = np.linspace(*self.config.intensity, self.config.num_bins + 1)
-        low, high = (_percentile(counts, edges, p) for p in (DARKEST, BRIGHTEST))
+        low, high = (_percentile(counts, self._edges, p) for p in (DARKEST, BRIGHTEST))
+        width = self._edges[1] - self._edges[0]
         is_raw = self.study.input.intensity != "file-window"
-        if low is not None and high is not None and high - low >= FEWEST_BINS * np.diff(edges)[0]:
+        if low is not None and high is not None and high - low >= FEWEST_BINS * width:
             step = 10.0 ** math.floor(math.log10((high - low) / 100))  # outwards, to 1 % at most
             low, high = step * math.floor(low / step), step * math.ceil(high / step)
-            middles = (edges[1:] + edges[:-1]) / 2
             # Few values lie outside the bins: they count with the outermost ones.
             inside = counts[1:-1].copy()
             inside[0] += counts[0]
             inside[-1] += counts[-1]
-            scaled = np.clip((middles - low) / (high - low), 0, 1) if is_raw else middles
-            mean, std = _moments(inside, scaled)
+            values = self._middles
             if is_raw:
+                values = np.clip((values - low) / (high - low), 0, 1)
                 found |= {"intensity": "window", "window": [float(f"{v:.9g}") for v in (low, high)]}
+            mean, std = _moments(inside, values)
             if mean is not None and std:
                 found |= {"mean": _rounded(mean), "std": _rounded(std)}
         middle = [axis["50"] for axis in spacing]

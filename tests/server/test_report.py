@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from finished import words_of
 from sealed import coordinator_of, seal_again
 
 from client.config import PhantomData
@@ -76,9 +77,7 @@ class Made:
     @property
     def text(self) -> str:
         """What a person reads."""
-        body = self.page[self.page.index("<body>") :]
-        body = re.sub(r"<svg.*?</svg>", "", body, flags=re.DOTALL)
-        return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
+        return words_of(self.page)
 
     @property
     def facts(self) -> dict:

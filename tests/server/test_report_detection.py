@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 from federation import federate, tiny_study
@@ -41,8 +39,7 @@ def finished(tmp_path_factory) -> Run:
 @pytest.fixture
 def run(finished, tmp_path) -> Run:
     """The same run, free to be changed."""
-    shutil.copytree(finished.path, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
-    return Run(tmp_path / "run")
+    return finished.copied_to(tmp_path / "run")
 
 
 def test_every_final_figure_is_shown(finished):

@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -55,8 +54,7 @@ def finished(tmp_path_factory) -> Run:
 @pytest.fixture
 def run(finished, tmp_path) -> Run:
     """The same run, free to be changed."""
-    shutil.copytree(finished.path, tmp_path / "run", ignore=shutil.ignore_patterns("report.*"))
-    return Run(tmp_path / "run")
+    return finished.copied_to(tmp_path / "run")
 
 
 # Figures

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ def finished(tmp_path_factory) -> Run:
 
 @pytest.fixture
 def run(finished, tmp_path) -> Run:
-    shutil.copytree(finished.path, tmp_path / "run")
-    return Run(tmp_path / "run")
+    return finished.copied_to(tmp_path / "run")
 
 
 def compare(run: Run, **values: tuple[float | None, float | None, float | None]) -> None:

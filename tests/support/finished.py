@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,12 @@ from common.tasks import task_of
 from server.report import write_report
 from server.reporting.overlays import EXAMPLE
 from server.run_dir import RunDir
+
+
+def words_of(page: str) -> str:
+    """What a person reads of a page."""
+    body = re.sub(r"<svg.*?</svg>", "", page[page.index("<body>") :], flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
 
 
 @dataclass
@@ -32,9 +39,7 @@ class Run:
     @property
     def text(self) -> str:
         """What a person reads."""
-        page = self.page
-        body = re.sub(r"<svg.*?</svg>", "", page[page.index("<body>") :], flags=re.DOTALL)
-        return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", body))
+        return words_of(self.page)
 
     @property
     def facts(self) -> dict:
@@ -45,6 +50,11 @@ class Run:
     def pictures(self) -> list[np.ndarray]:
         """The raster pictures of the page in their order, each (height, width, 3)."""
         return [np.array(decoded(uri)) for uri in re.findall(r'<img src="([^"]+)"', self.page)]
+
+    def copied_to(self, folder: Path) -> Run:
+        """The same run without its report, free to be changed."""
+        shutil.copytree(self.path, folder, ignore=shutil.ignore_patterns("report.*"))
+        return Run(folder)
 
     def keep(self, site: str, image, mask, predicted) -> None:
         arrays = {"image": image, "mask": mask, "predicted": predicted}
