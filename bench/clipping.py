@@ -127,7 +127,6 @@ def ours(problem: Problem) -> Step:
     units = Units(problem.pixels, problem.targets, (1,) * len(problem.pixels))
 
     def step() -> None:
-        network.values.grad = None
         total = engine.clipped_sum(units, problem.loss, CLIP_NORM)
         secrets.add_noise(total, NOISE * CLIP_NORM)
         network.values.grad = total.div_(len(units.sizes))

@@ -10,6 +10,7 @@ Source: Bu et al. (2023), Differentially Private Optimization on Large Model at 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -37,6 +38,7 @@ from common.models.flat import FlatNetwork
 from common.tasks import Loss
 
 MAX_PIXELS = 1 << 21  # of the images that go through the network at once
+MAX_IMAGES = 128  # of them on a CPU: more at once are no faster there, and take memory
 KINDS: dict[type[nn.Module], type[Layer]] = {
     nn.Conv1d: Convolution,
     nn.Conv2d: Convolution,
@@ -68,6 +70,8 @@ class BookKeepingEngine:
         trained = [p for p in network.module.parameters() if p.requires_grad]
         self._sizes = {id(p): p.numel() for p in trained}
         self._max_pixels = max_pixels
+        self._max_images = MAX_IMAGES if network.values.device.type == "cpu" else max_pixels
+        self._sum: Tensor | None = None  # one for all steps: fresh memory costs as much as noise
         self._layers = layers_of(network.module)
         owners = Counter(id(p) for layer in self._layers.values() for p in layer.trained.values())
         self._shared = {key for key, number in owners.items() if number > 1}
@@ -75,16 +79,18 @@ class BookKeepingEngine:
     @torch.no_grad()
     def clipped_sum(self, units: Units, loss: Loss, clip_norm: float) -> Tensor:
         """See ``ClippingEngine``."""
-        most = self._max_pixels // max(1, units.pixels[:1].numel())
-        total: Total | None = None
-        for batch in physical_batches(units, max(1, most)):
+        most = max(1, min(self._max_images, self._max_pixels // max(1, units.pixels[:1].numel())))
+        num_parts = max(1, math.ceil(len(units.pixels) / most))
+        if self._sum is None:
+            self._sum = torch.empty_like(self._values)
+        total = Total(self._sum, self._sizes)
+        for batch in physical_batches(units, math.ceil(len(units.pixels) / num_parts)):
             tape = Tape(Grouping(batch.sizes, batch.pixels.device), self._shared)
             self._note(tape, batch, loss)
-            total = total or Total(self._values, self._sizes)  # where activations were
             with _in_full_precision():
                 for key, part in tape.clipped(clip_norm, self._values.dtype):
                     total.add(key, part)
-        return torch.zeros_like(self._values) if total is None else total.done()
+        return total.done()
 
     def _note(self, tape: Tape, units: Units, loss: Loss) -> None:
         """Forward and backward through the network; the tape holds what the layers noted."""

@@ -32,7 +32,10 @@ class ClippingEngine(Protocol):
     """Anything that returns the sum of clipped unit gradients."""
 
     def clipped_sum(self, units: Units, loss: Loss, clip_norm: float) -> Tensor:
-        """Sum over units of their clipped mean gradient, shape (num_params,)."""
+        """Sum over units of their clipped mean gradient, shape (num_params,).
+
+        The next call may write over it.
+        """
         ...
 
 

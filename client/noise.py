@@ -18,6 +18,7 @@ import hashlib
 import secrets
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from numpy.typing import NDArray
 from torch import Tensor
 
-TWO = torch.tensor(2.0, dtype=torch.float64)
 ONE = np.uint64(0x3FF << 52)  # the bits of 1.0; with 52 others behind them, a number from 1 to 2
 MAX_THREADS = 4  # beyond it, memory is what they wait for
 _BLOCK = 1 << 17  # numbers made at once: they stay in a cache
@@ -64,11 +64,8 @@ class Keystream:
     def gaussians(self, num: int) -> NDArray[np.float64]:
         """Independent standard normal numbers, shape (num,)."""
         quarter = -(-num // 4)
-        room = torch.empty((2, quarter), dtype=torch.float64)
-        made: NDArray[np.float64] = _normal(self.integers(4 * quarter).copy(), room, 1.0)[
-            :num
-        ].numpy()
-        return made
+        room = np.empty((2, quarter))
+        return _normal(self.integers(4 * quarter).copy(), room, 1.0)[:num]
 
     def add_noise(self, values: Tensor, scale: float) -> Tensor:
         """Add normal numbers of a standard deviation, in place; rounded once.
@@ -97,21 +94,23 @@ def _add_to(blocks: list[tuple[int, Tensor]], key: bytes, scale: float) -> None:
     """Noise for some blocks, each from its number and the key."""
     # Fresh memory for every block would cost as much as the numbers do.
     keystream = np.empty(8 * _BLOCK + _SLACK, np.uint8)
-    room = torch.empty(_BLOCK, dtype=torch.float64)
+    room = np.empty(_BLOCK)
     for number, block in blocks:
         quarter = -(-len(block) // 4)
         # GCM encrypts by CTR, and faster; nothing is authenticated, and the tag is never asked for.
         cipher = Cipher(algorithms.AES256(key), modes.GCM(number.to_bytes(12, "big"))).encryptor()
         cipher.update_into(_ZEROS[: 32 * quarter], keystream.data)
         bits = keystream[: 32 * quarter].view(np.uint64)
-        noise = _normal(bits, room[: 2 * quarter].view(2, -1), scale)[: len(block)]
+        noise = _normal(bits, room[: 2 * quarter].reshape(2, -1), scale)[: len(block)]
         # Types that differ in one operation cost twice what two more operations do.
-        wide = room[: len(block)].copy_(block)
-        block.copy_(wide.add_(noise))
+        wide = torch.from_numpy(room[: len(block)]).copy_(block)
+        block.copy_(wide.add_(torch.from_numpy(noise)))
 
 
-def _normal(bits: NDArray[np.uint64], room: Tensor, scale: float) -> Tensor:
+def _normal(bits: NDArray[np.uint64], room: NDArray[np.float64], scale: float) -> NDArray[Any]:
     """Independent normal numbers in the place of random bits, shape (4 * quarter,).
+
+    NumPy's functions, not torch's: on processors with wide registers they take a third of the time.
 
     Args:
       bits: Uniform, shape (4 * quarter,).
@@ -120,16 +119,27 @@ def _normal(bits: NDArray[np.uint64], room: Tensor, scale: float) -> Tensor:
     """
     bits >>= np.uint64(12)
     bits |= ONE
-    between = torch.from_numpy(bits.view(np.float64)).view(2, 2, -1)  # 1 to 2
-    radius, angle = between[0], between[1].mul_(2 * np.pi)
+    between = bits.view(np.float64).reshape(2, 2, -1)  # 1 to 2
+    radius, tangent = between
     # 2 - x is in (0, 1]: the logarithm is finite.
-    torch.sub(TWO, radius, out=radius).log_().mul_(-0.5 * scale**2).sqrt_()  # half a radius
-    one, other = torch.cos(angle, out=room).mul_(radius), angle.sin_().mul_(radius)
-    sums, differences = torch.add(one, other, out=radius), one.sub_(other)
+    np.log(np.subtract(2.0, radius, out=radius), out=radius)
+    radius *= -0.5 * scale**2
+    np.sqrt(radius, out=radius)  # half a radius
+    # One tangent tells cosine and sine, and costs less than either: with t that of half the angle
+    # and w = 2 / (1 + t * t) they are w - 1 and t * w. Around 0 no two angles are rounded to one.
+    tangent -= 1.5
+    np.tan(np.multiply(tangent, np.pi, out=tangent), out=tangent)
+    np.multiply(tangent, tangent, out=room)
+    room += 1.0
+    np.divide(2.0, room, out=room)
+    room *= radius
+    other = np.multiply(tangent, room, out=tangent)
+    one = np.subtract(room, radius, out=room)
+    sums, differences = np.add(one, other, out=radius), np.subtract(one, other, out=one)
     # Four numbers in, four out: an orthogonal matrix with entries of one half leaves them
     # independent and normal, and each is made of all four.
-    torch.add(sums[0], sums[1], out=angle[0])
-    torch.sub(sums[0], sums[1], out=angle[1])
-    torch.add(differences[0], differences[1], out=radius[0])
-    torch.sub(differences[0], differences[1], out=radius[1])
-    return between.view(-1)
+    np.add(sums[0], sums[1], out=other[0])
+    np.subtract(sums[0], sums[1], out=other[1])
+    np.add(differences[0], differences[1], out=sums[0])
+    np.subtract(differences[0], differences[1], out=sums[1])
+    return between.reshape(-1)

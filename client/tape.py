@@ -17,10 +17,15 @@ SMALL = 0  # stands for all of these; no object has it as its number
 
 
 class Total:
-    """Private. The sum over the physical batches, put together where it stays."""
+    """Private. The sum over the physical batches, put together where it stays.
 
-    def __init__(self, like: Tensor, sizes: dict[int, int]) -> None:
-        self._whole = torch.empty_like(like)
+    Args:
+      whole: Is written over, shape (num_params,).
+      sizes: Entries of each parameter by its number, in their order.
+    """
+
+    def __init__(self, whole: Tensor, sizes: dict[int, int]) -> None:
+        self._whole = whole
         parts = torch.split(self._whole, list(sizes.values()))
         self._parts = dict(zip(sizes, parts, strict=True))
         self._empty = set(sizes)

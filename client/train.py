@@ -206,7 +206,6 @@ def train_privately(
     scale = plan.event.noise_multiplier * clip_norm
     for _ in range(plan.event.steps):
         units = draw_units(images, members, training.augmentation, plan, secrets)
-        network.values.grad = None  # the next one comes in its place
         # An empty draw is noised and stepped like any other: skipping it would tell that it was.
         network.values.grad = secrets.add_noise(
             engine.clipped_sum(units, loss_of, clip_norm), scale
@@ -214,7 +213,7 @@ def train_privately(
         # After the noise: the term depends on the weights alone, and clipping must not see it.
         _pull_back(network, start, training)
         optimizer.step()
-    del start
+    del start, engine
     _forget(network, optimizer)
     return LocalUpdate(network.minus(model))
 

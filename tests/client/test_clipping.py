@@ -9,6 +9,7 @@ import torch
 from federation import tiny_study
 from torch import Tensor, nn
 
+from client import bookkeeping
 from client.bookkeeping import BookKeepingEngine
 from client.clipping import by_brute_force, check_engine, check_layers
 from client.opacus_engine import OpacusEngine
@@ -166,6 +167,27 @@ def test_physical_batches_do_not_cut_a_patient_in_two() -> None:
     whole = BookKeepingEngine(network).clipped_sum(units, _loss(), 0.01)
     small = BookKeepingEngine(network, max_pixels=4 * units.pixels[0].numel())
     assert _relative_error(small.clipped_sum(units, _loss(), 0.01), whole) <= 1e-12
+
+
+def test_a_large_draw_goes_through_in_parts(monkeypatch) -> None:
+    network, units = _double(build_network(tiny_study()).module), _units((2, 5, 1, 4, 3))
+    whole = BookKeepingEngine(network).clipped_sum(units, _loss(), 0.01)
+    monkeypatch.setattr(bookkeeping, "MAX_IMAGES", 6)
+    parts: list[int] = []
+    network.module.register_forward_pre_hook(lambda _, given: parts.append(len(given[0])))
+    small = BookKeepingEngine(network).clipped_sum(units, _loss(), 0.01)
+    assert sum(parts) == len(units.pixels)
+    assert len(parts) > 1
+    assert max(parts) <= 6
+    assert _relative_error(small, whole) <= 1e-12
+
+
+def test_a_step_does_not_see_the_one_before() -> None:
+    network, units = _double(build_network(tiny_study()).module), _units((2, 1, 3))
+    engine = BookKeepingEngine(network)
+    first = engine.clipped_sum(units, _loss(), 0.01).clone()
+    assert not engine.clipped_sum(_units(()), _loss(), 0.01).any()
+    assert torch.equal(engine.clipped_sum(units, _loss(), 0.01), first)
 
 
 @pytest.mark.parametrize("title", ["cnn", "cnn, tanh, max", "unet", "unet in 3D"])
