@@ -1,5 +1,7 @@
 """Was it worth it? A site's own figures with its own model, the common one, and all images pooled.
 
+Beside them stands what a model says that never looks: every figure must beat that.
+
 scripts/worth trains what a simulated run is compared with and leaves ``worth.json``. No deployed
 run has it: nobody could pool the images there, and no site's figures are known to others.
 """
@@ -16,7 +18,7 @@ from server.reporting.glossary import title_of
 from server.reporting.record import Facts, Record
 from server.state import HIGHER_IS_BETTER
 
-WAYS = ("alone", "federated", "pooled")
+WAYS = ("blind", "alone", "federated", "pooled")
 
 
 def worth_of(record: Record) -> Facts | None:

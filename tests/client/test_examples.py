@@ -385,6 +385,20 @@ def baseline(tmp_path: Path) -> Baseline:
     return start
 
 
+def test_a_baseline_that_never_looks_is_tested_on_the_same_images(
+    baseline: Baseline, tmp_path: Path
+) -> None:
+    ended = baseline("--blind")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["baseline.json"]
+    record = json.loads((tmp_path / "run" / "baseline.json").read_text())
+    assert record["blind"]
+    final, by_site = record["metrics"]["final"], record["by_site"]
+    assert final["num_examples"] == sum(each["num_examples"] for each in by_site.values())
+    assert 0 < final["dice"] < 1
+    assert f"dice {final['dice']:.4f}" in ended.stdout
+
+
 @pytest.mark.parametrize(("site", "name"), [(0, "pooled"), (2, "site-2")])
 def test_a_baseline_trains_where_it_is_told_and_is_tested_on_every_sites_images(
     site: int, name: str, baseline: Baseline, tmp_path: Path

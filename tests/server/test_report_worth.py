@@ -36,7 +36,7 @@ def compare(run: Run, **values: tuple[float | None, float | None, float | None])
 
     found = {
         site.replace("_", "-"): dict(
-            zip(("alone", "federated", "pooled"), map(figures, three), strict=True)
+            zip(("blind", "alone", "federated", "pooled"), map(figures, (0.5, *three)), strict=True)
         )
         for site, three in values.items()
     }
@@ -52,6 +52,7 @@ def test_the_page_counts_the_sites_that_gained_and_shows_the_means(run):
     compare(run, site_1=(0.7, 0.8, 0.9), site_2=(0.9, 0.8, 0.85), site_3=(0.5, 0.9, 0.95))
     assert "At 2 of 3 sites the common model does better" in run.text
     assert "Mean AUROC: 0.7000 alone, 0.8333 together, 0.9000 if all images" in run.text
+    assert "0.5000 by saying the same of every image without a look" in run.text
     assert "0.1000 to 0.9000" in run.text
     verify(run.path)
 
@@ -84,4 +85,5 @@ def test_the_script_trains_what_a_run_is_compared_with(tmp_path):
         for way in ("alone", "federated", "pooled"):
             low, high = row[way]["interval"]
             assert low < row[way]["value"] < high
+    assert worth["means"]["blind"] == 0.5
     assert worth["means"]["federated"] > 0.7
