@@ -7,6 +7,7 @@ there are most.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -23,16 +24,16 @@ from common.study.task import NUM_SIDES
 from common.tasks import SegmentationTask, Task, task_of
 from common.tasks.boxes import centres_of
 
-BATCH = 64  # images whose targets are looked at together
+MAX_ENTRIES = 1 << 22  # of what is made of targets that are looked at together
 # How much a rare class is preferred to a common one; the training images choose.
 PREFERENCES = (0.0, 0.5, 1.0, 2.0)
 
 
 def blind_answer(study: Study, train: Samples) -> Tensor:
     """What to say of any image, as the network's output for one; shape (num_outputs, ...)."""
-    targets = list(_targets(train))
     if isinstance(study.task, Classification):
-        return _usual_classes(study.task, torch.cat(targets))
+        return _usual_classes(study.task, torch.cat(list(_targets(train, 1))))
+    targets = list(_targets(train, math.prod(study.input.size)))
     if isinstance(study.task, Detection):
         return _usual_boxes(study.task, study.input.size, targets)
     return _usual_pixels(study, study.task, targets)
@@ -41,7 +42,7 @@ def blind_answer(study: Study, train: Samples) -> Tensor:
 def blind_counts(answer: Tensor, samples: Samples, task: Task) -> NDArray[np.int64]:
     """Counts of that answer on one split, shape (num_counts,)."""
     counts = np.zeros(task.num_counts, np.int64)
-    for targets in _targets(samples):
+    for targets in _targets(samples, answer.numel()):
         one = answer.unsqueeze(0)
         if isinstance(task, SegmentationTask):
             one = _resized(one, targets.shape[1:])
@@ -49,10 +50,11 @@ def blind_counts(answer: Tensor, samples: Samples, task: Task) -> NDArray[np.int
     return counts
 
 
-def _targets(samples: Samples) -> Iterator[Tensor]:
-    """Batch by batch; a scan is a batch."""
+def _targets(samples: Samples, entries: int) -> Iterator[Tensor]:
+    """Batch by batch, by what is made of each image; a scan is a batch, and nothing is none."""
     if isinstance(samples, Images):
-        yield from torch.split(samples.targets, BATCH)
+        if len(samples):
+            yield from torch.split(samples.targets, max(1, MAX_ENTRIES // entries))
     else:
         yield from (target.unsqueeze(0) for target in samples.targets)
 
@@ -78,9 +80,9 @@ def _usual_pixels(study: Study, config: Segmentation, masks: Sequence[Tensor]) -
     shares = ((total + 1) / (total + 1).sum()).reshape(num, *[1] * len(size))
     # One image is assumed in which classes are everywhere as common as they are.
     likely = ((seen + shares) / (seen.sum(dim=0) + 1)).log()
-    answers = [likely - preference * shares.log() for preference in PREFERENCES]
+    answers = (likely - preference * shares.log() for preference in PREFERENCES)
     if config.num_outputs == 1:
-        answers = [answer[1:] - answer[:1] for answer in answers]
+        answers = (answer[1:] - answer[:1] for answer in answers)
     task = task_of(study)
     assert isinstance(task, SegmentationTask)  # noqa: S101 - it was asked above
     return max(answers, key=lambda answer: _dice(task, answer, masks))

@@ -81,10 +81,12 @@ class BookKeepingEngine:
         """See ``ClippingEngine``."""
         most = max(1, min(self._max_images, self._max_pixels // max(1, units.pixels[:1].numel())))
         num_parts = max(1, math.ceil(len(units.pixels) / most))
+        # As large as each other, up to one unit: no unit is cut, and no part more comes of it.
+        fair = math.ceil(len(units.pixels) / num_parts) + max(units.sizes, default=1) - 1
         if self._sum is None:
             self._sum = torch.empty_like(self._values)
         total = Total(self._sum, self._sizes)
-        for batch in physical_batches(units, math.ceil(len(units.pixels) / num_parts)):
+        for batch in physical_batches(units, min(most, fair)):
             tape = Tape(Grouping(batch.sizes, batch.pixels.device), self._shared)
             self._note(tape, batch, loss)
             with _in_full_precision():

@@ -9,7 +9,7 @@ run has it: nobody could pool the images there, and no site's figures are known 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import FederationError
@@ -18,7 +18,8 @@ from server.reporting.glossary import title_of
 from server.reporting.record import Facts, Record
 from server.state import HIGHER_IS_BETTER
 
-WAYS = ("blind", "alone", "federated", "pooled")
+TRAINED = ("alone", "federated", "pooled")
+WAYS = ("blind", *TRAINED)
 
 
 def worth_of(record: Record) -> Facts | None:
@@ -31,13 +32,13 @@ def worth_of(record: Record) -> Facts | None:
     if record.simulation is None or not path.exists():
         return None
     figure = record.study.task.figures[1]  # the first after the loss is what a task is judged by
-    wrong = FederationError(f"{WORTH} is not of this run; scripts/worth makes it again")
+    wrong = FederationError(f"{WORTH} is not of this run and version; scripts/worth makes it again")
     try:
         found = json.loads(path.read_text("utf-8"))
         rows = [_row(name, found[name], figure) for name in record.summary["sites"]]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise wrong from None
-    known = [row for row in rows if all(row[way]["value"] is not None for way in WAYS)]
+    known = [row for row in rows if all(row[way]["value"] is not None for way in TRAINED)]
     better = 1 if HIGHER_IS_BETTER.get(figure, True) else -1
     gained = [better * (row["federated"]["value"] - row["alone"]["value"]) for row in known]
     return {
@@ -46,11 +47,13 @@ def worth_of(record: Record) -> Facts | None:
         "sites": rows,
         "num_compared": len(known),
         "num_better": sum(gain > 0 for gain in gained),
-        "means": {
-            way: sum(row[way]["value"] for row in known) / len(known) if known else None
-            for way in WAYS
-        },
+        "means": {way: _mean([row[way]["value"] for row in known]) for way in WAYS},
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _row(name: str, ways: Mapping[str, Mapping[str, Any]], figure: str) -> Facts:

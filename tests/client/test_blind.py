@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from client import blind
 from client.blind import blind_answer, blind_counts
 from client.images import Images, Scans
 from common.config import validate
@@ -105,7 +106,7 @@ def test_scans_of_several_sizes_are_laid_over_each_other(classes):
 
 def boxes(*own: tuple[float, ...]) -> Tensor:
     padded = torch.full((1, 64, 5), -1.0)
-    padded[0, : len(own)] = torch.tensor(own)
+    padded[0, : len(own)] = torch.tensor(own).reshape(-1, 5)
     return padded
 
 
@@ -116,6 +117,29 @@ def test_boxes_that_are_always_there_are_found_without_a_look():
     assert figures(cells, images(train), images(always))["map50"] == pytest.approx(1)
     elsewhere = boxes((40, 8, 56, 24, 0), (2, 32, 22, 60, 1))
     assert figures(cells, images(train), images(elsewhere))["map50"] < 0.05
+
+
+@pytest.mark.parametrize(
+    ("task", "targets"),
+    [
+        ({"kind": "classification", "classes": ["well", "ill"]}, torch.tensor([0, 1])),
+        ({"kind": "segmentation", "classes": ["background", "organ"]}, organ(2)),
+        ({"kind": "detection", "classes": ["red", "white"]}, boxes((8, 8, 24, 24, 0))),
+    ],
+)
+def test_a_split_without_an_image_counts_nothing(task, targets):
+    of = study(**task)
+    nothing = Images(torch.empty(0, 1, 1, 1), torch.empty(0), ())
+    counts = blind_counts(blind_answer(of, images(targets)), nothing, task_of(of))
+    assert not counts.any()
+
+
+def test_how_many_images_are_looked_at_together_changes_nothing(monkeypatch):
+    cells = study(kind="detection", classes=["red", "white"])
+    train = torch.cat([boxes((8, 8, 24, 24, 0)), boxes((40, 32, 60, 60, 1)), boxes()])
+    together = figures(cells, images(train), images(train))
+    monkeypatch.setattr(blind, "MAX_ENTRIES", 1)
+    assert figures(cells, images(train), images(train)) == together
 
 
 def test_a_class_without_a_box_is_not_found():

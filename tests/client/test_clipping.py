@@ -169,16 +169,22 @@ def test_physical_batches_do_not_cut_a_patient_in_two() -> None:
     assert _relative_error(small.clipped_sum(units, _loss(), 0.01), whole) <= 1e-12
 
 
-def test_a_large_draw_goes_through_in_parts(monkeypatch) -> None:
-    network, units = _double(build_network(tiny_study()).module), _units((2, 5, 1, 4, 3))
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ((2, 5, 1, 4, 3), 6, [2, 6, 4, 3]),
+        ((1,) * 7, 6, [4, 3]),
+        ((4,) * 5, 13, [12, 8]),
+    ],
+)
+def test_a_large_draw_goes_through_in_parts(sizes, most, expected, monkeypatch) -> None:
+    network, units = _double(build_network(tiny_study()).module), _units(sizes)
     whole = BookKeepingEngine(network).clipped_sum(units, _loss(), 0.01)
-    monkeypatch.setattr(bookkeeping, "MAX_IMAGES", 6)
+    monkeypatch.setattr(bookkeeping, "MAX_IMAGES", most)
     parts: list[int] = []
     network.module.register_forward_pre_hook(lambda _, given: parts.append(len(given[0])))
     small = BookKeepingEngine(network).clipped_sum(units, _loss(), 0.01)
-    assert sum(parts) == len(units.pixels)
-    assert len(parts) > 1
-    assert max(parts) <= 6
+    assert parts == expected
     assert _relative_error(small, whole) <= 1e-12
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
+from client.blind import blind_answer, blind_counts
 from client.dataset import SiteData
 from client.evaluate import evaluate
 from client.examples import keep_example
@@ -393,7 +394,13 @@ def test_a_baseline_that_never_looks_is_tested_on_the_same_images(
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["baseline.json"]
     record = json.loads((tmp_path / "run" / "baseline.json").read_text())
     assert record["blind"]
+    study, simulation = organs(), Simulation(num_sites=3, data=PHANTOMS)
+    data = pooled([source_of(study, simulation, k) for k in range(3)], None).load()
+    assert record["num_train"] == len(data.train)
+    told, test, task = blind_answer(study, data.train), data.test, task_of(study)
     final, by_site = record["metrics"]["final"], record["by_site"]
+    assert final == json.loads(json.dumps(task.figures(blind_counts(told, test, task))))
+    assert not torch.equal(told, blind_answer(study, test))
     assert final["num_examples"] == sum(each["num_examples"] for each in by_site.values())
     assert 0 < final["dice"] < 1
     assert f"dice {final['dice']:.4f}" in ended.stdout

@@ -1,4 +1,4 @@
-"""Was it worth it? The table of three ways to train, and what is refused."""
+"""Was it worth it? The table of three ways to train, and of one without, and what is refused."""
 
 from __future__ import annotations
 
@@ -60,14 +60,25 @@ def test_the_page_counts_the_sites_that_gained_and_shows_the_means(run):
 def test_a_site_without_a_figure_is_left_out_of_the_means(run):
     compare(run, site_1=(0.7, 0.8, 0.9), site_2=(None, 0.8, 0.85), site_3=(0.5, 0.9, 0.95))
     assert "At 2 of 2 sites" in run.text
+    assert run.facts["worth"]["means"]["blind"] == 0.5
     compare(run, **{f"site_{k}": (None, None, None) for k in (1, 2, 3)})
     assert "Nothing can be said" in run.text
+
+
+def test_a_site_where_only_the_blind_answer_has_no_figure_is_compared(run):
+    compare(run, site_1=(0.7, 0.8, 0.9), site_2=(0.7, 0.8, 0.9), site_3=(0.7, 0.8, 0.9))
+    found = json.loads((run.path / WORTH).read_text())
+    for number, site in enumerate(found, start=1):
+        found[site]["blind"]["auroc"] = None
+        (run.path / WORTH).write_text(json.dumps(found))
+        assert "At 3 of 3 sites" in run.text
+        assert ("without a look." in run.text) == (number < 3)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"site-1": {"alone": 3}}'])
 def test_a_file_of_something_else_is_named(text, run):
     (run.path / WORTH).write_text(text)
-    with pytest.raises(FederationError, match=r"worth\.json is not of this run"):
+    with pytest.raises(FederationError, match=r"worth\.json is not of this run and version"):
         write_report(run.path)
 
 
