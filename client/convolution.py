@@ -20,6 +20,9 @@ FEWEST_TOGETHER = 8  # units; fewer are made one by one
 MAX_WINDOWS = 1 << 22  # entries of windows that are laid out at once
 # Laying windows out pays where few places are seen by many channels.
 FEW_PLACES, MANY_CHANNELS = 144, 96
+# Up to so many channels on both sides, the gradient of the input takes a third of the time on a CPU
+# where they lie side by side; putting them there is counted in.
+NARROW = 8
 
 
 class Convolution(Weighted):
@@ -36,6 +39,12 @@ class Convolution(Weighted):
         if isinstance(module.padding, str) or module.padding_mode != "zeros":
             self._before = module._reversed_padding_repeated_twice  # noqa: SLF001
             self._padding = (0,) * len(module.kernel_size)
+        is_plain = self._groups == 1 and not self._transposed
+        # Sees one pixel at each place: as a product of matrices it takes a tenth of the time.
+        self._is_pointwise = is_plain and (
+            {*self._kernel, *self._stride} == {1} and not any(self._padding)
+        )
+        self._is_narrow = is_plain and max(self.weight.shape[:2]) <= NARROW
 
     def prepare(self, inputs: Tensor) -> Tensor:
         """Pad, where it is done with anything but as many zeros on both sides."""
@@ -46,6 +55,14 @@ class Convolution(Weighted):
 
     def forward(self, inputs: Tensor) -> tuple[Tensor, Kept]:
         """See ``Layer``."""
+        if self._is_pointwise:
+            # No view of anything: what follows may change it in place.
+            made = inputs.new_empty((len(inputs), len(self.weight), *inputs.shape[2:]))
+            rows = made.view(*made.shape[:2], -1)
+            torch.bmm(self._matrices(len(inputs)), inputs.flatten(2), out=rows)
+            if self._bias is not None:
+                rows += self._bias.unsqueeze(1)
+            return made, ()
         return torch.convolution(
             inputs,
             self.weight,
@@ -57,7 +74,13 @@ class Convolution(Weighted):
     def backward(self, inputs: Tensor, gradient: Tensor, kept: Kept) -> Tensor:
         """See ``Layer``."""
         del kept
-        return self._backward(gradient, inputs, self.weight, self._groups, of_input=True)
+        if self._is_pointwise:
+            made = torch.bmm(self._matrices(len(inputs)).mT, gradient.flatten(2))
+            return made.view_as(inputs)
+        if self._is_narrow and gradient.ndim > 3 and gradient.device.type == "cpu":  # noqa: PLR2004 - in one dimension there is no such order
+            gradient, inputs = _side_by_side(gradient), _side_by_side(inputs)
+        made = self._backward(gradient, inputs, self.weight, self._groups, of_input=True)
+        return made.contiguous()
 
     def bias_of_each(self, gradient: Tensor, grouping: Grouping) -> Tensor:
         """See ``Weighted``."""
@@ -116,23 +139,38 @@ class Convolution(Weighted):
         other_steps = [s * far for s, far in zip(columns, self._stride, strict=True)]
         in_kernel = [(s + o) * far for s, o, far in zip(rows, columns, self._dilation, strict=True)]
         num_units, images = seen.shape[:2]
+        # From the first place to the last all pixels in one run, those of the margin too: longer
+        # runs are faster than they are longer. With strides there are no runs.
+        is_run = set(self._stride) == {1}
+        end = 1 + sum(step * (num - 1) for step, num in zip(columns, places, strict=True))
+        others_shape, others_steps = ([end], [1]) if is_run else (places, other_steps)
         pairs = pixels.as_strided(
-            (num_units, images, *places, images, *places, *self._kernel),
-            (unit, image, *steps, other, *other_steps, *in_kernel),
+            (num_units, images, *places, images, *others_shape, *self._kernel),
+            (unit, image, *steps, other, *others_steps, *in_kernel),
         )
         # One place of the kernel after the other: torch's sum over strides takes three times it.
         in_kernel_order = [pairs]
         for _ in range(num_dims):
             in_kernel_order = [part for each in in_kernel_order for part in each.unbind(-1)]
         first, *others = in_kernel_order
-        total = first.clone()
+        total = first.clone(memory_format=torch.contiguous_format)
         for place in others:
             total += place
-        return total
+        if not is_run:
+            return total
+        shape = (*total.shape[:-1], *places)
+        return total.as_strided(shape, (*total.stride()[:-1], *columns))
 
     def weighted(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""
+        if self._is_pointwise:
+            one, other = (each.transpose(0, 1).flatten(1) for each in (gradient, inputs))
+            return (one @ other.mT).view_as(self.weight)
         return self._backward(gradient, inputs, self.weight, self._groups, of_input=False)
+
+    def _matrices(self, num: int) -> Tensor:
+        """The weight of a kernel of one pixel, for each of so many images."""
+        return self.weight.flatten(1).expand(num, -1, -1)
 
     def _seen_and_alone(self, inputs: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """What the kernel's windows are of, and what meets each: a transpose has them exchanged."""
@@ -141,7 +179,7 @@ class Convolution(Weighted):
     def _has_good_windows(self, seen: Tensor, alone: Tensor) -> bool:
         """Whether laying windows out is the fastest way: a rule on shapes alone."""
         few = alone[0, 0].numel() <= FEW_PLACES and alone.shape[1] >= MANY_CHANNELS
-        return self._groups == 1 and (few or seen.shape[1] == 1)
+        return self._is_pointwise or (self._groups == 1 and (few or seen.shape[1] == 1))
 
     def _by_windows(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> Parts:
         """Each unit's gradient as one product of matrices."""
@@ -166,7 +204,7 @@ class Convolution(Weighted):
           (num_units, channels and kernel, images and places).
         """
         around = [num for each in reversed(self._padding) for num in (each, each)]
-        padded = F.pad(seen, around).contiguous()
+        padded = (F.pad(seen, around) if any(around) else seen).contiguous()
         unit, image, channel, *pixels = padded.stride()
         num_units, images, channels = seen.shape[:3]
         in_kernel = [step * far for step, far in zip(pixels, self._dilation, strict=True)]
@@ -213,6 +251,12 @@ class Convolution(Weighted):
             self._transposed,
             self._output_padding,
         )
+
+
+def _side_by_side(images: Tensor) -> Tensor:
+    """The same in another order of memory: the channels of a pixel side by side."""
+    order = torch.channels_last if images.ndim == 4 else torch.channels_last_3d  # noqa: PLR2004
+    return images.contiguous(memory_format=order)
 
 
 def _gram(images: Tensor) -> Tensor:
