@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -129,6 +130,7 @@ KINDS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
             "transpose called twice": lambda: Twice(transposed()),
             "two with one weight": lambda: Tied(conv(), conv()),
             "in place": lambda: InPlace(conv()),
+            "in place after one pixel": lambda: InPlace(conv(kernel_size=1, padding=0)),
             "in place after a norm": lambda: InPlace(nn.InstanceNorm2d(CHANNELS, affine=True)),
         }.items()
     },
@@ -184,6 +186,27 @@ def test_every_layer_equals_brute_force(
         monkeypatch.setattr(module, name, value)
     dims, side, make = KINDS[title]
     assert error_of(network_of(make(), dims), units_of(dims, side, sizes)) <= 1e-12
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_narrow_convolutions_are_as_exact_in_single_precision(dims: int, kernel: int) -> None:
+    module = conv(dims, kernel_size=kernel, padding=kernel // 2)
+    exact = Convolution(copy.deepcopy(module).double())
+    layer = Convolution(module)
+    torch.manual_seed(2)
+    inputs, gradient = torch.randn((2, 3, CHANNELS, *[9] * dims), dtype=torch.float64)
+    with torch.no_grad():
+        for single, double in (
+            (layer.forward(inputs.float())[0], exact.forward(inputs)[0]),
+            (
+                layer.backward(inputs.float(), gradient.float(), ()),
+                exact.backward(inputs, gradient, ()),
+            ),
+            (layer.weighted(inputs.float(), gradient.float()), exact.weighted(inputs, gradient)),
+        ):
+            assert single.is_contiguous()
+            assert torch.allclose(single.double(), double, rtol=0, atol=1e-5 * double.abs().max())
 
 
 def test_norms_come_first_where_a_large_weight_is_used_at_few_places() -> None:
