@@ -15,9 +15,8 @@ from torch import Tensor
 from client.layer_gradients import Kept, Parts, Weighted
 from client.units import Grouping
 
-MAX_TOGETHER = 1 << 20  # entries of units' gradients that are made at once: they stay in a cache
-FEWEST_TOGETHER = 8  # units; fewer are made one by one
-MAX_WINDOWS = 1 << 22  # entries of windows that are laid out at once
+MAX_TOGETHER = 1 << 18  # entries of units' gradients that are made at once: they stay in a cache
+MAX_WINDOWS = 1 << 20  # entries of windows that are laid out at once
 # Laying windows out pays where few places are seen by many channels.
 FEW_PLACES, MANY_CHANNELS = 144, 96
 # Up to so many channels on both sides, the gradient of the input takes a third of the time on a CPU
@@ -91,23 +90,18 @@ class Convolution(Weighted):
         if self._has_good_windows(*self._seen_and_alone(inputs, gradient)):
             yield from self._by_windows(inputs, gradient, grouping)
             return
-        most = MAX_TOGETHER // self.weight.numel()
-        if most < FEWEST_TOGETHER:
-            for unit, images in enumerate(grouping.slices):
-                made = self.weighted(inputs[images], gradient[images])
-                yield slice(unit, unit + 1), made.unsqueeze(0)
-            return
+        most = max(2, MAX_TOGETHER // self.weight.numel())  # alone, each takes half as long again
         for units, *both in grouping.alike(inputs, gradient):
             num_parts = -(-len(units) // most)
             parts = (each.chunk(num_parts) for each in (units, *both))
             for some, one, other in zip(*parts, strict=True):
                 yield some, self._by_groups(one, other)
 
-    def has_large_weight(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> bool:
+    def num_positions(self, inputs: Tensor, gradient: Tensor) -> int:
         """See ``Weighted``."""
         # A Gram matrix is made over the pixels of either; strides make one of them the larger.
         pixels = max(inputs[0, 0].numel(), gradient[0, 0].numel())
-        return self._groups == 1 and self.is_large(pixels * grouping.largest)
+        return pixels if self._groups == 1 else 0
 
     def grams(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""

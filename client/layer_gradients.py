@@ -26,6 +26,7 @@ Kept = tuple[Tensor, ...]
 Parts = Iterator[tuple[slice | Tensor, Tensor]]  # some units, and (as many, *shape)
 # Of a weight, for which one of a Gram matrix is made in the same time; fitted to measured layers.
 GRAM_ENTRIES = 12
+MAX_PRODUCTS = 1 << 16  # entries of Gram matrices that are made at once: they stay in a cache
 
 
 class Layer(ABC):
@@ -87,12 +88,8 @@ class Weighted(Layer):
         """The units' gradients of the weight, some units at a time."""
 
     @abstractmethod
-    def has_large_weight(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> bool:
-        """Whether norms are told sooner than gradients: a rule on shapes alone.
-
-        It must not depend on time or load: the two ways differ in their last bits, and a run that
-        is repeated must take the same one.
-        """
+    def num_positions(self, inputs: Tensor, gradient: Tensor) -> int:
+        """Of one image, which the Gram matrices are made over; 0 where there are no such."""
 
     @abstractmethod
     def grams(self, inputs: Tensor, gradient: Tensor) -> Tensor:
@@ -117,17 +114,30 @@ class Weighted(Layer):
         in the layer's own precision. As many roundings of every position's part are counted in.
         """
         squares = inputs.new_empty(grouping.num_units, dtype=torch.float64)
-        for units, one, other in grouping.alike(inputs, gradient):
-            products = self.grams(one.double(), other.double())
-            norms = products.sum(dim=(1, 2)).clamp(min=0).sqrt()
-            parts = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(dim=1)
-            roundings = (products.shape[1] + 2) * torch.finfo(inputs.dtype).eps
-            squares[units] = (norms + roundings * parts).square()
+        for units, *both in grouping.alike(inputs, gradient):
+            positions = self.num_positions(inputs, gradient) * both[0].shape[1]
+            most = max(1, MAX_PRODUCTS // positions**2)
+            parts = (each.split(most) for each in (units, *both))
+            for some, one, other in zip(*parts, strict=True):
+                squares[some] = self._squares(one.double(), other.double(), inputs.dtype)
         return squares
 
-    def is_large(self, num_positions: int) -> bool:
-        """Whether two Gram matrices of so many positions take less than the gradient itself."""
-        return GRAM_ENTRIES * num_positions**2 <= self.weight.numel()
+    def _squares(self, inputs: Tensor, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of units with equally many images, (num_units, images of each, ...), float64."""
+        products = self.grams(inputs, gradient)
+        norms = products.sum(dim=(1, 2)).clamp(min=0).sqrt()
+        parts = products.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt().sum(dim=1)
+        roundings = (products.shape[1] + 2) * torch.finfo(dtype).eps
+        return (norms + roundings * parts).square()
+
+    def has_large_weight(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> bool:
+        """Whether two Gram matrices take less than the gradient itself: a rule on shapes alone.
+
+        It must not depend on time or load: the two ways differ in their last bits, and a run that
+        is repeated must take the same one.
+        """
+        positions = self.num_positions(inputs, gradient) * grouping.largest
+        return positions > 0 and GRAM_ENTRIES * positions**2 <= self.weight.numel()
 
 
 class Linear(Weighted):
@@ -154,10 +164,10 @@ class Linear(Weighted):
         """See ``Weighted``."""
         yield slice(None), grouping.add_up(_rows(gradient).mT @ _rows(inputs))
 
-    def has_large_weight(self, inputs: Tensor, gradient: Tensor, grouping: Grouping) -> bool:
+    def num_positions(self, inputs: Tensor, gradient: Tensor) -> int:
         """See ``Weighted``."""
         del gradient
-        return self.is_large(inputs[0, ..., 0].numel() * grouping.largest)
+        return inputs[0, ..., 0].numel()
 
     def grams(self, inputs: Tensor, gradient: Tensor) -> Tensor:
         """See ``Weighted``."""

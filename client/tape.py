@@ -58,7 +58,7 @@ class Tape:
         self.anchor = torch.zeros((), device=grouping.unit_of.device, requires_grad=True)
         self._shared = shared
         self._calls: Counter[Layer] = Counter()
-        # By parameter: some units and their gradients, (as many, num).
+        # By parameter: some units, and their gradients, (as many, num).
         self._each: dict[int, list[tuple[slice | Tensor, Tensor]]] = {}
         self._small: dict[int, Tensor] = {}  # of these, those that are looked at together
         self._later: list[tuple[Weighted, Tensor, Tensor]] = []  # norms are known, gradients not
