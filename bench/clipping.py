@@ -128,8 +128,7 @@ def ours(problem: Problem) -> Step:
 
     def step() -> None:
         total = engine.clipped_sum(units, problem.loss, CLIP_NORM)
-        secrets.add_noise(total, NOISE * CLIP_NORM)
-        network.values.grad = total.div_(len(units.sizes))
+        network.values.grad = secrets.add_noise(total, NOISE * CLIP_NORM, len(units.sizes))
         optimizer.step()
 
     return step

@@ -1,4 +1,4 @@
-"""A convolution's units' gradients: by windows, as groups of one, one by one, or norms first.
+"""A convolution's units' gradients: by windows, as groups of one, or norms first.
 
 Which way is taken depends on shapes alone; the numbers here were fitted to measured layers.
 """
@@ -15,10 +15,11 @@ from torch import Tensor
 from client.layer_gradients import Kept, Parts, Weighted
 from client.units import Grouping
 
-MAX_TOGETHER = 1 << 18  # entries of units' gradients that are made at once: they stay in a cache
-MAX_WINDOWS = 1 << 20  # entries of windows that are laid out at once
-# Laying windows out pays where few places are seen by many channels.
-FEW_PLACES, MANY_CHANNELS = 144, 96
+MAX_TOGETHER = 1 << 20  # entries of units' gradients that are made at once: they stay in a cache
+MAX_WINDOWS = 1 << 22  # entries of windows that are laid out at once
+# Laying windows out pays where few places are seen by many channels, and for all images together
+# at four places: torch's own function is made for many.
+FEW_PLACES, MANY_CHANNELS, FEWEST_PLACES = 144, 96, 4
 # Up to so many channels on both sides, the gradient of the input takes a third of the time on a CPU
 # where they lie side by side; putting them there is counted in.
 NARROW = 8
@@ -160,6 +161,9 @@ class Convolution(Weighted):
         if self._is_pointwise:
             one, other = (each.transpose(0, 1).flatten(1) for each in (gradient, inputs))
             return (one @ other.mT).view_as(self.weight)
+        seen, alone = self._seen_and_alone(inputs.unsqueeze(0), gradient.unsqueeze(0))
+        if self._groups == 1 and alone[0, 0, 0].numel() <= FEWEST_PLACES:
+            return self._product(seen, alone)[0]
         return self._backward(gradient, inputs, self.weight, self._groups, of_input=False)
 
     def _matrices(self, num: int) -> Tensor:
@@ -183,9 +187,13 @@ class Convolution(Weighted):
             num_parts = -(-len(units) * entries // MAX_WINDOWS)
             parts = (each.chunk(num_parts) for each in (units, seen, alone))
             for some, one, other in zip(*parts, strict=True):
-                windows = self._windows(one, other.shape[3:])
-                rows = other.transpose(1, 2).flatten(2)  # (units, channels, images and places)
-                yield some, torch.bmm(rows, windows.mT).view(len(some), *self.weight.shape)
+                yield some, self._product(one, other)
+
+    def _product(self, seen: Tensor, alone: Tensor) -> Tensor:
+        """Units' gradients by windows, (num_units, *shape), from (num_units, images, ...)."""
+        windows = self._windows(seen, alone.shape[3:])
+        rows = alone.transpose(1, 2).flatten(2)  # (units, channels, images and places)
+        return torch.bmm(rows, windows.mT).view(len(seen), *self.weight.shape)
 
     def _windows(self, seen: Tensor, places: Sequence[int]) -> Tensor:
         """What the kernel sees at each place.

@@ -117,7 +117,7 @@ class Weighted(Layer):
         for units, *both in grouping.alike(inputs, gradient):
             positions = self.num_positions(inputs, gradient) * both[0].shape[1]
             most = max(1, MAX_PRODUCTS // positions**2)
-            parts = (each.split(most) for each in (units, *both))
+            parts = (torch.split(each, most) for each in (units, *both))
             for some, one, other in zip(*parts, strict=True):
                 squares[some] = self._squares(one.double(), other.double(), inputs.dtype)
         return squares

@@ -68,8 +68,8 @@ class Keystream:
         room = np.empty((2, quarter))
         return _normal(self.integers(4 * quarter).copy(), room, 1.0)[:num]
 
-    def add_noise(self, values: Tensor, scale: float) -> Tensor:
-        """Add normal numbers of a standard deviation, in place; rounded once.
+    def add_noise(self, values: Tensor, scale: float, divisor: float = 1.0) -> Tensor:
+        """Add normal numbers of a standard deviation, in place; rounded once, and then divided.
 
         The numbers come from a key of their own, and each block's from its place: how many threads
         make them cannot be seen.
@@ -78,20 +78,20 @@ class Keystream:
         blocks = list(enumerate(torch.split(values, _BLOCK)))
         workers = min(torch.get_num_threads(), MAX_THREADS, len(blocks))
         if workers < 2:  # noqa: PLR2004 - nobody to share with
-            _add_to(blocks, key, scale)
+            _add_to(blocks, key, scale, divisor)
             return values
         # What a thread computes it computes alone: torch would give each a team of as many again.
         before = torch.get_num_threads()
         with ThreadPoolExecutor(workers, initializer=partial(torch.set_num_threads, 1)) as pool:
             shares = [blocks[worker::workers] for worker in range(workers)]
-            tasks = [pool.submit(_add_to, share, key, scale) for share in shares]
+            tasks = [pool.submit(_add_to, share, key, scale, divisor) for share in shares]
         torch.set_num_threads(before)
         for done in tasks:
             done.result()
         return values
 
 
-def _add_to(blocks: list[tuple[int, Tensor]], key: bytes, scale: float) -> None:
+def _add_to(blocks: list[tuple[int, Tensor]], key: bytes, scale: float, divisor: float) -> None:
     """Noise for some blocks, each from its number and the key."""
     # Fresh memory for every block would cost as much as the numbers do.
     keystream = np.empty(8 * _BLOCK + _TAG, np.uint8)
@@ -107,7 +107,7 @@ def _add_to(blocks: list[tuple[int, Tensor]], key: bytes, scale: float) -> None:
         noise = _normal(bits, room[: 2 * quarter].reshape(2, -1), scale)[: len(block)]
         # Types that differ in one operation cost twice what two more operations do.
         wide = torch.from_numpy(room[: len(block)]).copy_(block)
-        block.copy_(wide.add_(torch.from_numpy(noise)))
+        block.copy_(wide.add_(torch.from_numpy(noise))).div_(divisor)
 
 
 def _normal(bits: NDArray[np.uint64], room: NDArray[np.float64], scale: float) -> NDArray[Any]:

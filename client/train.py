@@ -207,9 +207,8 @@ def train_privately(
     for _ in range(plan.event.steps):
         units = draw_units(images, members, training.augmentation, plan, secrets)
         # An empty draw is noised and stepped like any other: skipping it would tell that it was.
-        network.values.grad = secrets.add_noise(
-            engine.clipped_sum(units, loss_of, clip_norm), scale
-        ).div_(plan.batch_size)
+        total = engine.clipped_sum(units, loss_of, clip_norm)
+        network.values.grad = secrets.add_noise(total, scale, plan.batch_size)
         # After the noise: the term depends on the weights alone, and clipping must not see it.
         _pull_back(network, start, training)
         optimizer.step()

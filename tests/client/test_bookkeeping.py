@@ -164,14 +164,20 @@ def error_of(network: FlatNetwork, units: Units) -> float:
 # How a layer comes to its units' gradients: a rule on shapes decides, and these decide the rule.
 GRAM_ENTRIES, MAX_TOGETHER = (layer_gradients, "GRAM_ENTRIES"), (convolution, "MAX_TOGETHER")
 MANY_CHANNELS, FEW_PLACES = (convolution, "MANY_CHANNELS"), (convolution, "FEW_PLACES")
-MAX_WINDOWS = (convolution, "MAX_WINDOWS")
+MAX_WINDOWS, FEWEST_PLACES = (convolution, "MAX_WINDOWS"), (convolution, "FEWEST_PLACES")
+MAX_PRODUCTS = (layer_gradients, "MAX_PRODUCTS")
 NO_NORMS, NO_WINDOWS = {GRAM_ENTRIES: 1 << 40}, {FEW_PLACES: 0}
 WAYS = {
     "by windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40},
     "by a few windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40, MAX_WINDOWS: 1},
     "by groups": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 1 << 40},
-    "one by one": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 0},
-    "norms first": {GRAM_ENTRIES: 0},
+    "two by two": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 0},
+    "norms first": {GRAM_ENTRIES: 0, FEWEST_PLACES: 0},
+    "a few norms first, then windows": {
+        GRAM_ENTRIES: 0,
+        MAX_PRODUCTS: 1,
+        FEWEST_PLACES: 1 << 40,
+    },
 }
 
 

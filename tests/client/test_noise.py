@@ -143,6 +143,11 @@ def test_how_many_threads_make_the_noise_cannot_be_seen() -> None:
     assert torch.equal(made[0], made[2])
 
 
+def test_a_noised_sum_is_divided_after_it_was_rounded() -> None:
+    whole, part = (Keystream.from_seed(1).add_noise(torch.ones(9), 0.5, by) for by in (1.0, 3.0))
+    assert torch.equal(part, whole / 3)
+
+
 def test_no_two_blocks_and_no_two_steps_share_their_noise() -> None:
     stream, size = Keystream.from_seed(1), 1 << 17
     one, other = (stream.add_noise(torch.zeros(3 * size), 1.0) for _ in range(2))
