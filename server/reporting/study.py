@@ -176,7 +176,7 @@ def _patches(config: Input) -> Iterator[Row]:
 
 def _training(training: Training) -> str:
     if training.local_epochs:
-        length = f"{_counted(training.local_epochs, 'pass', 'passes')} over the training images"
+        length = f"{_counted(training.local_epochs, 'pass', 'passes')} over the training split"
     else:
         length = _counted(training.local_steps or 0, "step")
     words = [
