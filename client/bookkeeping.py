@@ -31,6 +31,7 @@ from client.layer_gradients import (
     Linear,
     PReLU,
 )
+from client.pooling import is_two_by_two, pooled
 from client.tape import Tape, Total
 from client.units import Grouping, Units, physical_batches
 from common.errors import ConfigError
@@ -73,6 +74,10 @@ class BookKeepingEngine:
         self._max_images = MAX_IMAGES if network.values.device.type == "cpu" else max_pixels
         self._sum: Tensor | None = None  # one for all steps: fresh memory costs as much as noise
         self._layers = layers_of(network.module)
+        on_cpu = network.values.device.type == "cpu"
+        self._pools = [
+            child for child in network.module.modules() if on_cpu and is_two_by_two(child)
+        ]
         owners = Counter(id(p) for layer in self._layers.values() for p in layer.trained.values())
         self._shared = {key for key, number in owners.items() if number > 1}
 
@@ -87,7 +92,8 @@ class BookKeepingEngine:
             self._sum = torch.empty_like(self._values)
         total = Total(self._sum, self._sizes)
         for batch in physical_batches(units, min(most, fair)):
-            tape = Tape(Grouping(batch.sizes, batch.pixels.device), self._shared)
+            grouping = Grouping(batch.sizes, batch.pixels.device)
+            tape = Tape(grouping, self._shared, total.room())
             self._note(tape, batch, loss)
             with _in_full_precision():
                 for key, part in tape.clipped(clip_norm, self._values.dtype):
@@ -108,10 +114,12 @@ class BookKeepingEngine:
         """Let every layer note what it sees, and nothing compute gradients of weights."""
         for module, layer in self._layers.items():
             module.forward = partial(_noted, layer, tape)
+        for pool in self._pools:
+            pool.forward = pooled
         try:
             yield
         finally:
-            for module in self._layers:
+            for module in (*self._layers, *self._pools):
                 del module.forward
 
 

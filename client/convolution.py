@@ -16,12 +16,13 @@ from client.layer_gradients import Kept, Parts, Weighted
 from client.units import Grouping
 
 MAX_TOGETHER = 1 << 20  # entries of units' gradients that are made at once: they stay in a cache
+MAX_UNITS = 16  # that they are of: more at once are no faster, and take memory
 MAX_WINDOWS = 1 << 22  # entries of windows that are laid out at once
 # Laying windows out pays where few places are seen by many channels, and for all images together
 # at four places: torch's own function is made for many.
 FEW_PLACES, MANY_CHANNELS, FEWEST_PLACES = 144, 96, 4
 # Up to so many channels on both sides, the gradient of the input takes a third of the time on a CPU
-# where they lie side by side; putting them there is counted in.
+# where they lie side by side, the output four fifths; putting them there is counted in.
 NARROW = 8
 
 
@@ -63,13 +64,15 @@ class Convolution(Weighted):
             if self._bias is not None:
                 rows += self._bias.unsqueeze(1)
             return made, ()
-        return torch.convolution(
-            inputs,
+        order = self._best_order(inputs)
+        made = torch.convolution(
+            inputs.contiguous(memory_format=order),
             self.weight,
             self._bias,
             *self._settings(),
             self._groups,  # type: ignore[call-arg]
-        ), ()
+        )
+        return made.contiguous(), ()
 
     def backward(self, inputs: Tensor, gradient: Tensor, kept: Kept) -> Tensor:
         """See ``Layer``."""
@@ -77,8 +80,11 @@ class Convolution(Weighted):
         if self._is_pointwise:
             made = torch.bmm(self._matrices(len(inputs)).mT, gradient.flatten(2))
             return made.view_as(inputs)
-        if self._is_narrow and gradient.ndim > 3 and gradient.device.type == "cpu":  # noqa: PLR2004 - in one dimension there is no such order
-            gradient, inputs = _side_by_side(gradient), _side_by_side(inputs)
+        order = self._best_order(gradient)
+        if order != torch.contiguous_format:
+            gradient = gradient.contiguous(memory_format=order)
+            # Of the input nothing but its shape and order is asked for.
+            inputs = torch.empty_like(inputs, memory_format=order)
         made = self._backward(gradient, inputs, self.weight, self._groups, of_input=True)
         return made.contiguous()
 
@@ -91,7 +97,8 @@ class Convolution(Weighted):
         if self._has_good_windows(*self._seen_and_alone(inputs, gradient)):
             yield from self._by_windows(inputs, gradient, grouping)
             return
-        most = max(2, MAX_TOGETHER // self.weight.numel())  # alone, each takes half as long again
+        # Alone, each takes half as long again.
+        most = min(MAX_UNITS, max(2, MAX_TOGETHER // self.weight.numel()))
         for units, *both in grouping.alike(inputs, gradient):
             num_parts = -(-len(units) // most)
             parts = (each.chunk(num_parts) for each in (units, *both))
@@ -165,6 +172,13 @@ class Convolution(Weighted):
         if self._groups == 1 and alone[0, 0, 0].numel() <= FEWEST_PLACES:
             return self._product(seen, alone)[0]
         return self._backward(gradient, inputs, self.weight, self._groups, of_input=False)
+
+    def _best_order(self, images: Tensor) -> torch.memory_format:
+        """Of memory, for all but the weight's gradient; in one dimension there is but one."""
+        if not self._is_narrow or images.device.type != "cpu":
+            return torch.contiguous_format
+        orders = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return orders.get(images.ndim, torch.contiguous_format)
 
     def _matrices(self, num: int) -> Tensor:
         """The weight of a kernel of one pixel, for each of so many images."""
@@ -253,12 +267,6 @@ class Convolution(Weighted):
             self._transposed,
             self._output_padding,
         )
-
-
-def _side_by_side(images: Tensor) -> Tensor:
-    """The same in another order of memory: the channels of a pixel side by side."""
-    order = torch.channels_last if images.ndim == 4 else torch.channels_last_3d  # noqa: PLR2004
-    return images.contiguous(memory_format=order)
 
 
 def _gram(images: Tensor) -> Tensor:

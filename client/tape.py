@@ -38,6 +38,10 @@ class Total:
         else:
             self._parts[key].add_(part)
 
+    def room(self) -> Tensor:
+        """Numbers that nobody needs before the next ``add``, shape (num,)."""
+        return self._whole if len(self._empty) == len(self._parts) else self._whole[:0]
+
     def done(self) -> Tensor:
         """All of it, shape (num_params,)."""
         for key in self._empty:  # nobody used it
@@ -48,15 +52,22 @@ class Total:
 class Tape:
     """Private. What one batch left behind at every layer.
 
+    Args:
+      grouping: Which images belong together.
+      shared: Parameters that several layers use, by number.
+      room: Is written over, until ``clipped`` gives its first part: the units' gradients of a deep
+        network's first layers take as much memory as the sum, which waits for them.
+
     Attributes:
       grouping: Which images belong together.
       anchor: Makes autograd come by every layer, the first one, too.
     """
 
-    def __init__(self, grouping: Grouping, shared: set[int]) -> None:
+    def __init__(self, grouping: Grouping, shared: set[int], room: Tensor) -> None:
         self.grouping = grouping
         self.anchor = torch.zeros((), device=grouping.unit_of.device, requires_grad=True)
         self._shared = shared
+        self._room = room
         self._calls: Counter[Layer] = Counter()
         # By parameter: some units, and their gradients, (as many, num).
         self._each: dict[int, list[tuple[slice | Tensor, Tensor]]] = {}
@@ -82,13 +93,21 @@ class Tape:
 
     def _add(self, parameter: Tensor, parts: Iterable[tuple[slice | Tensor, Tensor]]) -> None:
         """Keep the units' gradients; those of one parameter's several uses add up."""
-        flat = [(units, part.flatten(1)) for units, part in parts]
+        flat = [(units, self._put(part.flatten(1))) for units, part in parts]
         if id(parameter) in self._each:
             whole = parameter.new_zeros((self.grouping.num_units, parameter.numel()))
             for units, part in [*self._each[id(parameter)], *flat]:
                 whole[units] += part
             flat = [(slice(None), whole)]
         self._each[id(parameter)] = flat
+
+    def _put(self, part: Tensor) -> Tensor:
+        """The same, in the room where it is large and there is some left."""
+        num = part.numel()
+        if part.shape[1] <= MAX_SMALL or num > len(self._room):
+            return part
+        place, self._room = self._room[:num], self._room[num:]
+        return place.view_as(part).copy_(part)
 
     def clipped(self, clip_norm: float, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
         """The sum of the units' gradients, each scaled to the clip norm: parts, by parameter."""
@@ -100,15 +119,17 @@ class Tape:
         factors = factors_of(squares.sqrt(), clip_norm, dtype)
         if not bool(factors.all()):
             self._leave_out(factors)
+        scaled: list[tuple[int, Tensor]] = []
         while self._each:
             key, parts = self._each.popitem()
             for units, part in parts:
-                yield from self._apart(key, factors[units] @ part)
+                scaled += self._apart(key, factors[units] @ part)
+        yield from scaled  # from here on there is no room
         by_image = factors[self.grouping.unit_of]
         while self._later:
             layer, inputs, gradient = self._later.pop()
-            scaled = gradient * _over(gradient, by_image)
-            yield id(layer.weight), layer.weighted(inputs, scaled).flatten()
+            gradient = gradient * _over(gradient, by_image)
+            yield id(layer.weight), layer.weighted(inputs, gradient).flatten()
 
     def _together(self) -> None:
         """Make one parameter of many small ones: what is done with each costs more than they do."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from client import convolution, layer_gradients
+from client import convolution, layer_gradients, tape
 from client.bookkeeping import BookKeepingEngine, layers_of
 from client.clipping import by_brute_force
 from client.convolution import Convolution
@@ -129,6 +129,11 @@ KINDS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
             "called twice": lambda: Twice(conv()),
             "transpose called twice": lambda: Twice(transposed()),
             "two with one weight": lambda: Tied(conv(), conv()),
+            "pooled": lambda: nn.Sequential(conv(), nn.MaxPool2d(2), conv()),
+            "pooled, then in place": lambda: nn.Sequential(
+                conv(), nn.MaxPool2d(2), nn.ReLU(inplace=True), conv()
+            ),
+            "in place, then pooled": lambda: nn.Sequential(InPlace(conv()), nn.MaxPool2d(2)),
             "in place": lambda: InPlace(conv()),
             "in place after one pixel": lambda: InPlace(conv(kernel_size=1, padding=0)),
             "in place after a norm": lambda: InPlace(nn.InstanceNorm2d(CHANNELS, affine=True)),
@@ -165,13 +170,15 @@ def error_of(network: FlatNetwork, units: Units) -> float:
 GRAM_ENTRIES, MAX_TOGETHER = (layer_gradients, "GRAM_ENTRIES"), (convolution, "MAX_TOGETHER")
 MANY_CHANNELS, FEW_PLACES = (convolution, "MANY_CHANNELS"), (convolution, "FEW_PLACES")
 MAX_WINDOWS, FEWEST_PLACES = (convolution, "MAX_WINDOWS"), (convolution, "FEWEST_PLACES")
-MAX_PRODUCTS = (layer_gradients, "MAX_PRODUCTS")
+MAX_PRODUCTS, MAX_SMALL = (layer_gradients, "MAX_PRODUCTS"), (tape, "MAX_SMALL")
+MAX_UNITS = (convolution, "MAX_UNITS")
 NO_NORMS, NO_WINDOWS = {GRAM_ENTRIES: 1 << 40}, {FEW_PLACES: 0}
 WAYS = {
     "by windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40},
     "by a few windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40, MAX_WINDOWS: 1},
     "by groups": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 1 << 40},
     "two by two": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 0},
+    "one by one, where the sum will be": {**NO_NORMS, **NO_WINDOWS, MAX_UNITS: 1, MAX_SMALL: 0},
     "norms first": {GRAM_ENTRIES: 0, FEWEST_PLACES: 0},
     "a few norms first, then windows": {
         GRAM_ENTRIES: 0,
@@ -234,6 +241,19 @@ def test_a_layer_may_be_frozen_in_part(which: str) -> None:
     assert network.schema.num_params < sum(p.numel() for p in network.module.parameters())
     assert error_of(network, units_of(2, 2, RAGGED)) <= 1e-12
     assert error_of(network, units_of(2, 8, RAGGED)) <= 1e-12
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 7])
+def test_what_waits_where_the_sum_will_be_is_not_in_it(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for (module, name), value in WAYS["one by one, where the sum will be"].items():
+        monkeypatch.setattr(module, name, value)
+    network, units = network_of(conv(), 2), units_of(2, 8, RAGGED)
+    exact = by_brute_force(network.module, units, loss, 0.05)
+    engine = BookKeepingEngine(network, max_pixels=at_once * 64)
+    for _ in range(2):
+        assert float((engine.clipped_sum(units, loss, 0.05) - exact).abs().max()) <= 1e-13
 
 
 def test_channels_may_lie_side_by_side_in_memory() -> None:
