@@ -71,13 +71,12 @@ class BookKeepingEngine:
         trained = [p for p in network.module.parameters() if p.requires_grad]
         self._sizes = {id(p): p.numel() for p in trained}
         self._max_pixels = max_pixels
-        self._max_images = MAX_IMAGES if network.values.device.type == "cpu" else max_pixels
+        on_cpu = network.values.device.type == "cpu"
+        self._max_images = MAX_IMAGES if on_cpu else max_pixels
         self._sum: Tensor | None = None  # one for all steps: fresh memory costs as much as noise
         self._layers = layers_of(network.module)
-        on_cpu = network.values.device.type == "cpu"
-        self._pools = [
-            child for child in network.module.modules() if on_cpu and is_two_by_two(child)
-        ]
+        children = network.module.modules() if on_cpu else ()
+        self._pools = [child for child in children if is_two_by_two(child)]
         owners = Counter(id(p) for layer in self._layers.values() for p in layer.trained.values())
         self._shared = {key for key, number in owners.items() if number > 1}
 
@@ -111,7 +110,7 @@ class BookKeepingEngine:
 
     @contextlib.contextmanager
     def _noting(self, tape: Tape) -> Iterator[None]:
-        """Let every layer note what it sees, and nothing compute gradients of weights."""
+        """Let layers note what they see, without gradients of weights, and pools be ours."""
         for module, layer in self._layers.items():
             module.forward = partial(_noted, layer, tape)
         for pool in self._pools:

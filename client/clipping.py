@@ -34,7 +34,7 @@ class ClippingEngine(Protocol):
     def clipped_sum(self, units: Units, loss: Loss, clip_norm: float) -> Tensor:
         """Sum over units of their clipped mean gradient, shape (num_params,).
 
-        The next call may write over it.
+        The next call may write over it, with anything if it fails.
         """
         ...
 

@@ -22,8 +22,9 @@ MAX_WINDOWS = 1 << 22  # entries of windows that are laid out at once
 # at four places: torch's own function is made for many.
 FEW_PLACES, MANY_CHANNELS, FEWEST_PLACES = 144, 96, 4
 # Up to so many channels on both sides, the gradient of the input takes a third of the time on a CPU
-# where they lie side by side, the output four fifths; putting them there is counted in.
-NARROW = 8
+# where they lie side by side; putting them there is counted in. The output takes four fifths where
+# an image has many pixels and every one is a place, and longer elsewhere.
+NARROW, MANY_PIXELS = 8, 1 << 12
 
 
 class Convolution(Weighted):
@@ -64,7 +65,8 @@ class Convolution(Weighted):
             if self._bias is not None:
                 rows += self._bias.unsqueeze(1)
             return made, ()
-        order = self._best_order(inputs)
+        is_wide = set(self._stride) == {1} and inputs[0, 0].numel() >= MANY_PIXELS
+        order = self._best_order(inputs) if is_wide else torch.contiguous_format
         made = torch.convolution(
             inputs.contiguous(memory_format=order),
             self.weight,
@@ -72,7 +74,7 @@ class Convolution(Weighted):
             *self._settings(),
             self._groups,  # type: ignore[call-arg]
         )
-        return made.contiguous(), ()
+        return made if order == torch.contiguous_format else _in_usual_order(made), ()
 
     def backward(self, inputs: Tensor, gradient: Tensor, kept: Kept) -> Tensor:
         """See ``Layer``."""
@@ -81,12 +83,14 @@ class Convolution(Weighted):
             made = torch.bmm(self._matrices(len(inputs)).mT, gradient.flatten(2))
             return made.view_as(inputs)
         order = self._best_order(gradient)
-        if order != torch.contiguous_format:
-            gradient = gradient.contiguous(memory_format=order)
-            # Of the input nothing but its shape and order is asked for.
-            inputs = torch.empty_like(inputs, memory_format=order)
+        if order == torch.contiguous_format:
+            made = self._backward(gradient, inputs, self.weight, self._groups, of_input=True)
+            return made.contiguous()
+        gradient = gradient.contiguous(memory_format=order)
+        # Of the input nothing but its shape and order is asked for.
+        inputs = torch.empty_like(inputs, memory_format=order)
         made = self._backward(gradient, inputs, self.weight, self._groups, of_input=True)
-        return made.contiguous()
+        return _in_usual_order(made)
 
     def bias_of_each(self, gradient: Tensor, grouping: Grouping) -> Tensor:
         """See ``Weighted``."""
@@ -174,7 +178,7 @@ class Convolution(Weighted):
         return self._backward(gradient, inputs, self.weight, self._groups, of_input=False)
 
     def _best_order(self, images: Tensor) -> torch.memory_format:
-        """Of memory, for all but the weight's gradient; in one dimension there is but one."""
+        """Of memory, but for the weight's gradient; in one dimension there is but one."""
         if not self._is_narrow or images.device.type != "cpu":
             return torch.contiguous_format
         orders = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -267,6 +271,15 @@ class Convolution(Weighted):
             self._transposed,
             self._output_padding,
         )
+
+
+def _in_usual_order(images: Tensor) -> Tensor:
+    """A copy with one plane behind the other.
+
+    ``contiguous`` leaves strides of another order where they do not matter, as for a single pixel;
+    to torch's gradients of weights they do, which then raise.
+    """
+    return images.clone(memory_format=torch.contiguous_format)
 
 
 def _gram(images: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Max-pooling of two by two pixels on a CPU, in half the time of torch's own function.
+"""Max-pooling of two by two pixels on a CPU, in two thirds of the time of torch's own function.
 
 That one decides pixel by pixel which is the largest, and a processor cannot foresee it; here whole
-rows are compared at once. Values and gradients are the same to the last bit: of equal pixels the
-first one, row by row, has the gradient.
+rows are compared at once. Finite values and gradients are the same: of equal pixels the first one,
+row by row, has the gradient. What is not finite stays among its four pixels.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -119,12 +120,12 @@ class Tape:
         factors = factors_of(squares.sqrt(), clip_norm, dtype)
         if not bool(factors.all()):
             self._leave_out(factors)
-        scaled: list[tuple[int, Tensor]] = []
+        sums: list[tuple[int, Tensor]] = []
         while self._each:
             key, parts = self._each.popitem()
-            for units, part in parts:
-                scaled += self._apart(key, factors[units] @ part)
-        yield from scaled  # from here on there is no room
+            scaled = (factors[units] @ part for units, part in parts)
+            sums += self._apart(key, functools.reduce(torch.add, scaled))
+        yield from sums  # from here on there is no room
         by_image = factors[self.grouping.unit_of]
         while self._later:
             layer, inputs, gradient = self._later.pop()

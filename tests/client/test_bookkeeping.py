@@ -134,6 +134,9 @@ KINDS: dict[str, tuple[int, int, Callable[[], nn.Module]]] = {
                 conv(), nn.MaxPool2d(2), nn.ReLU(inplace=True), conv()
             ),
             "in place, then pooled": lambda: nn.Sequential(InPlace(conv()), nn.MaxPool2d(2)),
+            "narrow to one pixel": lambda: nn.Sequential(
+                conv(padding=0), nn.Conv2d(CHANNELS, 4, 3, padding=1, groups=2)
+            ),
             "in place": lambda: InPlace(conv()),
             "in place after one pixel": lambda: InPlace(conv(kernel_size=1, padding=0)),
             "in place after a norm": lambda: InPlace(nn.InstanceNorm2d(CHANNELS, affine=True)),
@@ -171,12 +174,12 @@ GRAM_ENTRIES, MAX_TOGETHER = (layer_gradients, "GRAM_ENTRIES"), (convolution, "M
 MANY_CHANNELS, FEW_PLACES = (convolution, "MANY_CHANNELS"), (convolution, "FEW_PLACES")
 MAX_WINDOWS, FEWEST_PLACES = (convolution, "MAX_WINDOWS"), (convolution, "FEWEST_PLACES")
 MAX_PRODUCTS, MAX_SMALL = (layer_gradients, "MAX_PRODUCTS"), (tape, "MAX_SMALL")
-MAX_UNITS = (convolution, "MAX_UNITS")
+MAX_UNITS, MANY_PIXELS = (convolution, "MAX_UNITS"), (convolution, "MANY_PIXELS")
 NO_NORMS, NO_WINDOWS = {GRAM_ENTRIES: 1 << 40}, {FEW_PLACES: 0}
 WAYS = {
     "by windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40},
     "by a few windows": {**NO_NORMS, MANY_CHANNELS: 1, FEW_PLACES: 1 << 40, MAX_WINDOWS: 1},
-    "by groups": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 1 << 40},
+    "by groups": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 1 << 40, MANY_PIXELS: 0},
     "two by two": {**NO_NORMS, **NO_WINDOWS, MAX_TOGETHER: 0},
     "one by one, where the sum will be": {**NO_NORMS, **NO_WINDOWS, MAX_UNITS: 1, MAX_SMALL: 0},
     "norms first": {GRAM_ENTRIES: 0, FEWEST_PLACES: 0},
@@ -203,7 +206,11 @@ def test_every_layer_equals_brute_force(
 
 @pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_narrow_convolutions_are_as_exact_in_single_precision(dims: int, kernel: int) -> None:
+@pytest.mark.parametrize("many_pixels", [0, 1 << 12])
+def test_narrow_convolutions_are_as_exact_in_single_precision(
+    dims: int, kernel: int, many_pixels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "MANY_PIXELS", many_pixels)
     module = conv(dims, kernel_size=kernel, padding=kernel // 2)
     exact = Convolution(copy.deepcopy(module).double())
     layer = Convolution(module)
@@ -243,6 +250,17 @@ def test_a_layer_may_be_frozen_in_part(which: str) -> None:
     assert error_of(network, units_of(2, 8, RAGGED)) <= 1e-12
 
 
+def test_torchs_own_pooling_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError
+
+    network = network_of(nn.Sequential(conv(), nn.MaxPool2d(2)), 2)
+    monkeypatch.setattr(nn.MaxPool2d, "forward", refuse)
+    BookKeepingEngine(network).clipped_sum(units_of(2, 8, RAGGED), loss, 0.05)
+    with pytest.raises(AssertionError):
+        network.module(units_of(2, 8, RAGGED).pixels)
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 3, 7])
 def test_what_waits_where_the_sum_will_be_is_not_in_it(
     at_once: int, monkeypatch: pytest.MonkeyPatch
@@ -266,7 +284,8 @@ def test_channels_may_lie_side_by_side_in_memory() -> None:
 
 
 def test_a_network_is_as_it_was_afterwards() -> None:
-    network, units = network_of(conv(), 2), units_of(2, 8, RAGGED)
+    network = network_of(nn.Sequential(conv(), nn.MaxPool2d(2)), 2)
+    units = units_of(2, 8, RAGGED)
     before, outputs = network.vector(), network.module(units.pixels)
     BookKeepingEngine(network).clipped_sum(units, loss, 0.05)
     assert (network.vector() == before).all()
