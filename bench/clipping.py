@@ -83,7 +83,7 @@ CASES = {
     "ResNet-18 64x64, batch 64": Case(
         LABELS, {"name": "resnet18", "stem_stride": 2}, (64, 64), 64, 1.30, 4
     ),
-    "U-Net 96x96, batch 16": Case(MASKS, {"name": "unet"}, (96, 96), 16, 1.20),
+    "U-Net 96x96, batch 16": Case(MASKS, {"name": "unet"}, (96, 96), 16, 1.20, 21),
     "U-Net 48x48x48, batch 4": Case(MASKS, {"name": "unet"}, (48, 48, 48), 4, 1.20),
 }
 
