@@ -210,7 +210,7 @@ class Convolution(Weighted):
     def _product(self, seen: Tensor, alone: Tensor) -> Tensor:
         """Units' gradients by windows, (num_units, *shape), from (num_units, images, ...)."""
         windows = self._windows(seen, alone.shape[3:])
-        rows = alone.transpose(1, 2).flatten(2)  # (units, channels, images and places)
+        rows = alone.movedim(1, -1).flatten(2)  # (units, channels, places and images)
         return torch.bmm(rows, windows.mT).view(len(seen), *self.weight.shape)
 
     def _windows(self, seen: Tensor, places: Sequence[int]) -> Tensor:
@@ -221,17 +221,17 @@ class Convolution(Weighted):
           places: Of the kernel, by dimension.
 
         Returns:
-          (num_units, channels and kernel, images and places).
+          (num_units, channels and kernel, places and images): copied in the longest runs.
         """
         around = [num for each in reversed(self._padding) for num in (each, each)]
-        padded = (F.pad(seen, around) if any(around) else seen).contiguous()
-        unit, image, channel, *pixels = padded.stride()
+        padded = F.pad(seen.movedim(1, -1), [0, 0, *around]).contiguous()
+        unit, channel, *pixels, image = padded.stride()
         num_units, images, channels = seen.shape[:3]
         in_kernel = [step * far for step, far in zip(pixels, self._dilation, strict=True)]
         steps = [step * far for step, far in zip(pixels, self._stride, strict=True)]
         return padded.as_strided(
-            (num_units, channels, *self._kernel, images, *places),
-            (unit, channel, *in_kernel, image, *steps),
+            (num_units, channels, *self._kernel, *places, images),
+            (unit, channel, *in_kernel, *steps, image),
         ).reshape(num_units, channels * self.weight[0, 0].numel(), -1)
 
     def _by_groups(self, inputs: Tensor, gradient: Tensor) -> Tensor:
